@@ -1,0 +1,317 @@
+"""Images in memory, a non-IID split over clients, and two random views of every image.
+
+    load_dataset     a name or a folder -> uint8 images, labels and class names, all in memory
+    dirichlet_split  each class is shared out over the K clients by proportions p ~ Dir(alpha)
+    two_views        RandomResizedCrop, flip, ColorJitter and grayscale with the paper's settings,
+                     drawn per sample and computed on whole batches, on the images' own device
+
+Labels serve to split the data and to evaluate; training never sees them.
+Needs torch, torchvision, numpy; copies into another project as it is. Of use elsewhere:
+
+    view1, view2 = two_views(images_uint8, torch.Generator().manual_seed(0))
+
+    python data.py          # the client x class table of a Dirichlet split (a few seconds, CPU)
+"""
+import contextlib
+import io
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+import torchvision.transforms.v2.functional as TF
+
+DATASETS = ("cifar10", "cifar100", "tinyimagenet", "shapes")
+TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINYIMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+
+
+class Images(NamedTuple):
+    """A data set in memory: images uint8 (N, 3, 32, 32), labels int64 (N,) in [0, len(classes))."""
+    train_x: torch.Tensor
+    train_y: torch.Tensor
+    test_x: torch.Tensor
+    test_y: torch.Tensor
+    classes: list
+
+
+# ---------------------------------------------------------------------------- data sets
+
+def load_dataset(name, root="data"):
+    """Load a data set as `Images` (train_x, train_y, test_x, test_y, classes).
+
+    name: "cifar10", "cifar100", "tinyimagenet" (kept under `root`, downloaded on first use),
+    "shapes" (drawn, no file), or a folder that holds train/<class>/* and test/<class>/* or
+    val/<class>/*, images of any size and mode. Raises FileNotFoundError for a data set that is
+    not there and cannot be fetched, ValueError for a folder that is not usable.
+    """
+    if name == "shapes":
+        return draw_shapes()
+    if name in ("cifar10", "cifar100"):
+        return _load_cifar(name, Path(root))
+    if name == "tinyimagenet":
+        return _load_tinyimagenet(Path(root))
+    if Path(name).is_dir():
+        return _load_folder(Path(name))
+    raise FileNotFoundError(f"data set {name!r} is neither a folder nor one of {', '.join(DATASETS)}")
+
+
+@contextlib.contextmanager
+def _fetching(name, root, place):
+    """Turn whatever a failed download raises into one line; leave no empty folder behind."""
+    created = not root.exists()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (OSError, RuntimeError) as error:
+        if created and root.exists() and not any(root.iterdir()):
+            root.rmdir()
+        raise FileNotFoundError(
+            f"{name} is not in {place} and could not be downloaded ({error}); put it there, "
+            "or use --dataset shapes, which needs no download") from error
+
+
+def _load_cifar(name, root):
+    dataset = getattr(torchvision.datasets, name.upper())
+    with _fetching(name, root, root / dataset.base_folder):
+        parts = [dataset(root, train=train, download=True) for train in (True, False)]
+    train_x, test_x = (torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous() for p in parts)
+    train_y, test_y = (torch.tensor(p.targets) for p in parts)
+    return Images(train_x, train_y, test_x, test_y, parts[0].classes)
+
+
+def _load_tinyimagenet(root):
+    folder = root / "tiny-imagenet-200"
+    if not (folder / "val" / "val_annotations.txt").is_file():
+        with _fetching("tinyimagenet", root, folder):
+            torchvision.datasets.utils.download_and_extract_archive(
+                TINYIMAGENET_URL, root, md5=TINYIMAGENET_MD5)
+    train = torchvision.datasets.ImageFolder(folder / "train")
+    # The official val/ is one flat folder; the class of each file stands in a table beside it.
+    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
+    names, wnids = zip(*(line.split("\t")[:2] for line in lines))
+    return Images(_read_images([path for path, _ in train.samples]), torch.tensor(train.targets),
+                  _read_images([folder / "val" / "images" / name for name in names]),
+                  torch.tensor([train.class_to_idx[w] for w in wnids]), train.classes)
+
+
+def _load_folder(root):
+    test_dir = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
+    if not (root / "train").is_dir() or test_dir is None:
+        raise ValueError(f"{root} needs the folders train/<class>/ and test/<class>/ or val/<class>/")
+    try:
+        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", test_dir))
+    except FileNotFoundError as error:  # no class folder, or one without images
+        raise ValueError(f"{root}: {error}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise ValueError(f"{root}: train/ and {test_dir.name}/ differ in their classes: {odd[:5]}")
+    return Images(_read_images([path for path, _ in train.samples]), torch.tensor(train.targets),
+                  _read_images([path for path, _ in test.samples]), torch.tensor(test.targets),
+                  train.classes)
+
+
+def _read_images(paths):
+    return torch.stack([_read_image(str(path)) for path in paths])
+
+
+def _read_image(path, size=32):
+    """Any image file -> uint8 (3, size, size): short side resized, centre cropped."""
+    try:
+        try:
+            image = torchvision.io.decode_image(path, mode="RGB")
+        except RuntimeError:  # not among torchvision's formats (BMP, TIFF ...): ask Pillow
+            image = TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
+        if image.shape == (3, size, size) and image.dtype == torch.uint8:
+            return image
+        image = TF.to_dtype(image if image.ndim == 3 else image[0], torch.uint8, scale=True)
+        return TF.center_crop(TF.resize(image, size, antialias=True), size)
+    except Exception as error:
+        raise ValueError(f"{path} does not decode as an image: remove or replace it") from error
+
+
+def draw_shapes(num_train=5000, num_test=1000, seed=0):
+    """Ten classes of drawn objects as `Images`: 32x32 RGB, no file, no network.
+
+    Colour, size, place and rotation of the object and the cluttered background are drawn
+    independently of the class: only the outline tells it. Classes are balanced.
+    """
+    names = ["disk", "ring", "square", "triangle", "star", "cross", "bar", "half-disk", "crescent",
+             "two-disks"]
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_train + num_test) % len(names)
+    images = torch.cat([_draw_batch(part, generator) for part in labels.split(500)])
+    return Images(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], names)
+
+
+def _draw_batch(labels, generator, size=32, oversample=2):
+    n, side = len(labels), size * oversample
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    def frame(radius, shift):  # pixel coordinates seen from a turned, moved, scaled object
+        axis = (torch.arange(side) + 0.5) / side * 2 - 1
+        y, x = (c - uniform(-shift, shift, 1, 1) for c in torch.meshgrid(axis, axis, indexing="ij"))
+        angle, radius = uniform(0, 2 * math.pi, 1, 1), uniform(*radius, 1, 1)
+        return (x * angle.cos() + y * angle.sin()) / radius, (y * angle.cos() - x * angle.sin()) / radius
+
+    back = uniform(0, 1, 3, 1, 1)
+    image = (back + torch.nn.functional.interpolate(uniform(-0.3, 0.3, 3, 4, 4), side, mode="bilinear"))
+    for _ in range(6):  # clutter: small bars and dots
+        x, y = frame((0.06, 0.2), 1.0)
+        spot = (x.abs() < uniform(0.3, 1, 1, 1)) & (y.abs() < 1)
+        image = torch.where(spot[:, None], uniform(0, 1, 3, 1, 1), image)
+    x, y = frame((0.45, 0.7), 0.25)
+    r, angle, far = x.hypot(y), torch.atan2(y, x), torch.maximum(x.abs(), y.abs())
+    inside = torch.stack([
+        r < 0.85, (r < 1) & (r > 0.55), far < 0.75,
+        r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5, r < 0.6 + 0.4 * (5 * angle).cos(),
+        (torch.minimum(x.abs(), y.abs()) < 0.25) & (far < 0.95), (x.abs() < 1) & (y.abs() < 0.3),
+        (r < 1) & (y > 0), (r < 1) & ((x - 0.5).hypot(y) > 0.7), ((x.abs() - 0.55).hypot(y) < 0.42)])
+    inside = inside[labels, torch.arange(n)][:, None]
+    colour = (back + uniform(0.3, 0.7, 3, 1, 1)).remainder(1)  # differs from the background
+    image = torch.where(inside, colour, image) + uniform(-0.08, 0.08, 3, side, side)
+    image = torch.nn.functional.avg_pool2d(image.clamp(0, 1), oversample)
+    return (image * 255).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------- split
+
+def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws=1000):
+    """Partition indices over clients: class c goes to the clients by proportions p_c ~ Dir(alpha).
+
+    labels (N,) integers; alpha > 0, small = skewed (paper: 0.1), large = even. Returns
+    num_clients sorted int64 arrays, together every index once. The whole draw is repeated until
+    every client has at least min_size samples; ValueError after max_redraws of them.
+    """
+    labels = np.asarray(labels)
+    if num_clients < 1 or not 0 < alpha < math.inf or min_size < 1:
+        raise ValueError("dirichlet_split needs num_clients >= 1, a finite alpha > 0 and min_size >= 1, "
+                         f"got {num_clients}, {alpha}, {min_size}")
+    if num_clients * min_size > len(labels):
+        raise ValueError(f"{num_clients} clients with at least {min_size} samples each need more than "
+                         f"the {len(labels)} there are: take fewer clients")
+    rng = np.random.default_rng(seed)
+    by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    largest_minimum = 0
+    for _ in range(max_redraws):
+        shares = rng.dirichlet(np.full(num_clients, alpha), len(by_class)).cumsum(1)[:, :-1]
+        cuts = [(share * len(index)).astype(int) for share, index in zip(shares, by_class)]
+        sizes = sum(np.diff(cut, prepend=0, append=len(index)) for cut, index in zip(cuts, by_class))
+        largest_minimum = max(largest_minimum, sizes.min())
+        if sizes.min() >= min_size:
+            parts = [np.split(rng.permutation(index), cut) for cut, index in zip(cuts, by_class)]
+            return [np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts)]
+    raise ValueError(f"no split with alpha {alpha} over {num_clients} clients in {max_redraws} draws gave "
+                     f"every client {min_size} samples (the smallest had {largest_minimum} at best): "
+                     "raise alpha or take fewer clients")
+
+
+# ---------------------------------------------------------------------------- views
+
+def two_views(images, generator, scale=(0.08, 1.0)):
+    """Two random views of each image: uint8 (B, 3, H, W) -> two float32 (B, 3, H, W) in [0, 1].
+
+    The paper's augmentation: RandomResizedCrop(scale), horizontal flip 0.5,
+    ColorJitter(0.8, 0.8, 0.8, 0.2) with probability 0.8, grayscale 0.2; no normalisation. Every
+    sample has its own parameters, drawn from `generator` (on the CPU, so that every device
+    sees the same views).
+    """
+    both = images.repeat(2, 1, 1, 1)
+    return augment(both, draw_params(*both.shape[::2], both.shape[3], generator, scale)).chunk(2)
+
+
+def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2):
+    """Random parameters of n views, one entry per view: a dict of CPU tensors for `augment`.
+
+    Draws as torchvision does: a crop has area ~ U(scale) x the image's, aspect ratio log-uniform
+    in [3/4, 4/3], ten tries and then the largest centred box within these ratios; jitter factors
+    ~ U(0.2, 1.8), hue shift ~ U(-0.2, 0.2) of the circle; the order of the four jitters is random.
+    """
+    def rand(*shape):
+        return torch.rand(n, *shape, generator=generator)
+
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * rand(10))
+    ratio = torch.exp((2 * rand(10) - 1) * math.log(4 / 3))
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    first = fits.float().argmax(1, keepdim=True)
+    fallback_h, fallback_w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    h, w = (torch.where(fits.any(1), side.gather(1, first)[:, 0], float(fallback))
+            for side, fallback in ((h, fallback_h), (w, fallback_w)))
+    top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
+    whole = ~fits.any(1)
+    top[whole], left[whole] = (height - fallback_h) // 2, (width - fallback_w) // 2
+    jittered = rand() < jitter_p
+    return {
+        "box": torch.stack([top, left, h, w], 1),                               # (n, 4) pixels
+        "flip": rand() < 0.5,                                                   # (n,)
+        "factor": torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0),     # (n, 3) of JITTERS
+        "hue": torch.where(jittered, 0.4 * rand() - 0.2, 0.0),                  # (n,) of a full turn
+        "order": rand(4).argsort(1),                                            # (n, 4) into JITTERS
+        "gray": rand() < gray_p,                                                # (n,)
+    }
+
+
+JITTERS = BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def augment(images, params):
+    """Apply `draw_params`' parameters: uint8 (n, 3, H, W) -> float32 (n, 3, H, W) in [0, 1].
+
+    The same numbers as torchvision's functional resized_crop, hflip, adjust_brightness,
+    adjust_contrast, adjust_saturation, adjust_hue and rgb_to_grayscale called image by image.
+    """
+    order, device = params["order"], images.device
+    blends = order[order != HUE].view(-1, 3)
+    factors = params["factor"].gather(1, blends)
+    turned = [((order[:, place] == HUE) & (params["hue"] != 0)).nonzero()[:, 0] for place in range(4)]
+    blends, factors, flip, gray, hue = (
+        value.to(device, non_blocking=True)[..., None, None, None]
+        for value in (blends, factors, params["flip"], params["gray"], params["hue"]))
+    top, left, h, w = params["box"].to(device, non_blocking=True).T[..., None]
+
+    # Crop, resize and flip are linear along each axis: one matrix for the rows, one for the columns.
+    rows, columns = _resize_matrix(top, h, images.shape[2]), _resize_matrix(left, w, images.shape[3])
+    columns = torch.where(flip[:, 0], columns.flip(1), columns)
+    x = rows[:, None] @ (images.float() / 255) @ columns.mT[:, None]
+    for place in range(4):
+        if len(turned[place]):
+            index = turned[place].to(device, non_blocking=True)
+            x[index] = _turn_hue(x[index], hue[index, :, 0])
+        if place < 3:  # brightness, contrast, saturation: blend with black, mean gray, own gray
+            luma, kind = TF.rgb_to_grayscale(x), blends[:, place]
+            base = luma * (kind == SATURATION) + luma.mean((2, 3), keepdim=True) * (kind == CONTRAST)
+            x = torch.lerp(base, x, factors[:, place]).clamp_(0, 1)
+    return torch.where(gray, TF.rgb_to_grayscale(x), x)
+
+
+def _resize_matrix(start, length, size):
+    """Bilinear weights (n, size, size) that stretch pixels start .. start + length over `size`."""
+    pixel = torch.arange(size, device=start.device)
+    source = ((pixel + 0.5) * length / size - 0.5).clamp(min=0).minimum(length - 1) + start
+    return (1 - (source[:, :, None] - pixel).abs()).clamp_(min=0)
+
+
+def _turn_hue(x, turn):
+    """Turn the hue of RGB x (n, 3, H, W) by `turn` (n, 1, 1) of a circle, by way of HSV."""
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    (r, g, b), c = x.unbind(1), chroma.clamp(min=1e-12)
+    sixth = torch.where(value == r, (g - b) / c, torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4))
+    k = torch.arange(5, 0, -2, device=x.device)[:, None, None] + (sixth + 6 * turn)[:, None]
+    k = k.remainder(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+if __name__ == "__main__":
+    labels = np.arange(5000) % 10
+    table = np.stack([np.bincount(labels[part], minlength=10)
+                      for part in dirichlet_split(labels, num_clients=10, alpha=0.1)])
+    print("Dirichlet(0.1) split of 10 classes x 500 images over 10 clients: every column adds up to 500\n")
+    print("client" + "".join(f"{f'class {c}':>9}" for c in range(10)) + f"{'all':>8}")
+    for k, row in enumerate(table):
+        print(f"{k:6d}" + "".join(f"{count or '.':>9}" for count in row) + f"{row.sum():8d}")
+    print("   all" + "".join(f"{count:9d}" for count in table.sum(0)) + f"{table.sum():8d}")

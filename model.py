@@ -1,0 +1,87 @@
+"""The network: a ResNet-18 encoder with the CIFAR stem, and a projector.
+
+    x (B, 3, 32, 32) --encoder--> h (B, 8 width) --projector--> u (B, embed_dim)
+
+h, the representation, is what is kept after training; the losses act on z = u / ||u|| and, for
+projector distillation, on h and u. At width 64 (the paper): h and u have 512 dimensions, the
+projector is 512-2048-512; 11.17 M + 2.10 M parameters.
+Needs torch, torchvision; copies into another project as it is. Of use elsewhere:
+
+    h, u = SSDNet(width=16)(torch.rand(2, 3, 32, 32))
+
+    python model.py         # shapes and parameter counts (a second, CPU)
+"""
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+
+
+class SSDNet(nn.Module):
+    """Encoder and projector; forward(x) -> (h, u).
+
+    width: channels of the first stage (64 = ResNet-18); h has 8 x width dimensions. embed_dim: of u,
+    by default that of h, which projector distillation needs. projector=False: u is h itself (the
+    paper's ablation without projector). Raises ValueError for a width or embed_dim below 1.
+    """
+
+    def __init__(self, width=64, embed_dim=None, projector=True):
+        super().__init__()
+        dim = 8 * width
+        embed_dim = dim if embed_dim is None else embed_dim
+        if width < 1 or embed_dim < 1:
+            raise ValueError(f"width and embed_dim must be at least 1, got {width} and {embed_dim}")
+        if not projector and embed_dim != dim:
+            raise ValueError(f"without projector u is h: embed_dim must be {dim}, got {embed_dim}")
+        self.encoder = resnet18(width)
+        self.projector = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.BatchNorm1d(4 * dim), nn.ReLU(inplace=True),
+            nn.Linear(4 * dim, embed_dim)) if projector else nn.Identity()
+
+    def forward(self, x):
+        """x float (B, 3, H, W) in [0, 1] -> h (B, 8 width), u (B, embed_dim)."""
+        h = self.encoder(x)
+        return h, self.projector(h)
+
+
+def resnet18(width=64):
+    """torchvision's ResNet-18 without classifier, with the CIFAR stem: 3x3 stride 1, no max-pool.
+
+    float (B, 3, H, W) -> (B, 8 width). Same blocks and initialisation as torchvision's; the
+    stages have width, 2, 4 and 8 x width channels.
+    """
+    def stage(inputs, outputs, stride):
+        shortcut = None if stride == 1 else nn.Sequential(
+            conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
+
+    net = nn.Sequential(
+        conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+        stage(width, width, 1), stage(width, 2 * width, 2),
+        stage(2 * width, 4 * width, 2), stage(4 * width, 8 * width, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def bf16_is_fast(device):
+    """Whether bfloat16 autocast pays on this device: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+if __name__ == "__main__":
+    for width in (64, 32, 16):
+        net = SSDNet(width)
+        h, u = net(torch.rand(2, 3, 32, 32))
+        encoder, projector = (sum(p.numel() for p in part.parameters())
+                              for part in (net.encoder, net.projector))
+        print(f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}; parameters: "
+              f"encoder {encoder / 1e6:.2f} M, projector {projector / 1e6:.2f} M")
