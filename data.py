@@ -14,12 +14,14 @@ Needs torch, torchvision, numpy; copies into another project as it is. Of use el
 """
 import contextlib
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 
@@ -120,62 +122,57 @@ def _read_images(paths):
 def _read_image(path, size=32):
     """Any image file -> uint8 (3, size, size): short side resized, centre cropped."""
     try:
-        try:
-            image = torchvision.io.decode_image(path, mode="RGB")
-        except RuntimeError:  # not among torchvision's formats (BMP, TIFF ...): ask Pillow
-            image = TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(path))
-        if image.shape == (3, size, size) and image.dtype == torch.uint8:
-            return image
-        image = TF.to_dtype(image if image.ndim == 3 else image[0], torch.uint8, scale=True)
-        return TF.center_crop(TF.resize(image, size, antialias=True), size)
+        image = torchvision.datasets.folder.pil_loader(path)
+        image = TF.center_crop(TF.resize(image, size), size) if image.size != (size, size) else image
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:
         raise ValueError(f"{path} does not decode as an image: remove or replace it") from error
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
-    """Ten classes of drawn objects as `Images`: 32x32 RGB, no file, no network.
+    """Ten classes of drawn objects as `Images`: 32x32 RGB, no file, no network; classes are balanced.
 
-    Colour, size, place and rotation of the object and the cluttered background are drawn
-    independently of the class: only the outline tells it. Classes are balanced.
+    Every image has four objects of its class on a cluttered background. Colour, size, place and
+    rotation are drawn independently of the class: only the outline tells it.
     """
     names = ["disk", "ring", "square", "triangle", "star", "cross", "bar", "half-disk", "crescent",
              "two-disks"]
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_train + num_test) % len(names)
-    images = torch.cat([_draw_batch(part, generator) for part in labels.split(500)])
-    return Images(images[:num_train], labels[:num_train], images[num_train:], labels[num_train:], names)
+    y = torch.arange(num_train + num_test) % len(names)
+    x = torch.cat([_draw_batch(part, generator) for part in y.split(500)])
+    return Images(x[:num_train], y[:num_train], x[num_train:], y[num_train:], names)
 
 
 def _draw_batch(labels, generator, size=32, oversample=2):
     n, side = len(labels), size * oversample
+    axis = (torch.arange(side) + 0.5) / side * 2 - 1
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    def frame(radius, shift):  # pixel coordinates seen from a turned, moved, scaled object
-        axis = (torch.arange(side) + 0.5) / side * 2 - 1
-        y, x = (c - uniform(-shift, shift, 1, 1) for c in torch.meshgrid(axis, axis, indexing="ij"))
-        angle, radius = uniform(0, 2 * math.pi, 1, 1), uniform(*radius, 1, 1)
-        return (x * angle.cos() + y * angle.sin()) / radius, (y * angle.cos() - x * angle.sin()) / radius
-
-    back = uniform(0, 1, 3, 1, 1)
-    image = (back + torch.nn.functional.interpolate(uniform(-0.3, 0.3, 3, 4, 4), side, mode="bilinear"))
-    for _ in range(6):  # clutter: small bars and dots
-        x, y = frame((0.06, 0.2), 1.0)
-        spot = (x.abs() < uniform(0.3, 1, 1, 1)) & (y.abs() < 1)
-        image = torch.where(spot[:, None], uniform(0, 1, 3, 1, 1), image)
-    x, y = frame((0.45, 0.7), 0.25)
-    r, angle, far = x.hypot(y), torch.atan2(y, x), torch.maximum(x.abs(), y.abs())
-    inside = torch.stack([
-        r < 0.85, (r < 1) & (r > 0.55), far < 0.75,
-        r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5, r < 0.6 + 0.4 * (5 * angle).cos(),
-        (torch.minimum(x.abs(), y.abs()) < 0.25) & (far < 0.95), (x.abs() < 1) & (y.abs() < 0.3),
-        (r < 1) & (y > 0), (r < 1) & ((x - 0.5).hypot(y) > 0.7), ((x.abs() - 0.55).hypot(y) < 0.42)])
-    inside = inside[labels, torch.arange(n)][:, None]
-    colour = (back + uniform(0.3, 0.7, 3, 1, 1)).remainder(1)  # differs from the background
-    image = torch.where(inside, colour, image) + uniform(-0.08, 0.08, 3, side, side)
-    image = torch.nn.functional.avg_pool2d(image.clamp(0, 1), oversample)
-    return (image * 255).round().to(torch.uint8)
+    image = F.interpolate(uniform(0.3, 0.7, 3, 8, 8), side, mode="bilinear")
+    for centre in itertools.product((-0.5, 0.5), repeat=2):
+        # x, y: the pixels as the object sees them, moved, turned and scaled to its radius
+        y, x = (c - at - uniform(-0.08, 0.08, 1, 1)
+                for c, at in zip(torch.meshgrid(axis, axis, indexing="ij"), centre))
+        turn, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.4, 0.55, 1, 1)
+        x, y = ((x * turn.cos() + y * turn.sin()) / radius, (y * turn.cos() - x * turn.sin()) / radius)
+        r, angle = x.hypot(y), torch.atan2(y, x)
+        near, far = torch.minimum(x.abs(), y.abs()), torch.maximum(x.abs(), y.abs())
+        inside = torch.stack([
+            r < 0.85,
+            (r < 1) & (r > 0.55),
+            far < 0.75,
+            r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
+            r < 0.6 + 0.4 * (5 * angle).cos(),
+            (near < 0.25) & (far < 0.95),
+            (x.abs() < 1) & (y.abs() < 0.3),
+            (r < 1) & (y > 0),
+            (r < 1) & ((x - 0.5).hypot(y) > 0.7),
+            (x.abs() - 0.55).hypot(y) < 0.42])[labels, torch.arange(n)]
+        colour = uniform(0.7, 1.3, 3, 1, 1).remainder(1)  # no channel near the background's
+        image = torch.where(inside[:, None], colour, image)
+    return (F.avg_pool2d(image, oversample) * 255).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------- split

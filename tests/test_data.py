@@ -1,0 +1,266 @@
+"""data.py: the split is a partition, the views equal torchvision's, folders of any images load."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+import data
+from data import augment, dirichlet_split, draw_params, draw_shapes, load_dataset, two_views
+
+# ------------------------------------------------------------------ split
+
+
+@pytest.mark.parametrize("clients, alpha, n", [(10, 0.1, 5000), (50, 0.1, 50000), (3, 100.0, 100), (1, 0.1, 10)])
+def test_split_is_a_partition_with_a_smallest_size(clients, alpha, n):
+    labels = torch.arange(n) % 10
+    split = dirichlet_split(labels, clients, alpha, seed=3)
+    assert len(split) == clients and all(part.dtype == np.int64 for part in split)
+    assert np.array_equal(np.sort(np.concatenate(split)), np.arange(n))
+    assert min(map(len, split)) >= 10
+
+
+def test_split_depends_on_its_seed_alone():
+    labels = np.arange(1000) % 10
+    first, again, other = (dirichlet_split(labels, 5, 0.5, seed=s) for s in (0, 0, 1))
+    assert all(map(np.array_equal, first, again))
+    assert not all(map(np.array_equal, first, other))
+
+
+def test_alpha_sets_how_far_classes_are_from_shared_evenly():
+    labels = np.arange(20000) % 10
+
+    def spread(alpha):  # coefficient of variation of a client's images of a class; sqrt((K-1)/(K alpha+1))
+        split = dirichlet_split(labels, 10, alpha, seed=0)
+        counts = np.stack([np.bincount(labels[part], minlength=10) for part in split])
+        return counts.std() / counts.mean()
+    for alpha in (0.1, 1.0, 10.0):
+        assert spread(alpha) == pytest.approx(math.sqrt(9 / (10 * alpha + 1)), rel=0.25)
+
+
+def test_every_image_of_a_class_may_go_to_any_client():
+    labels = np.zeros(1000, dtype=int)
+    part = dirichlet_split(labels, 2, 1000.0, seed=0)[0]
+    assert abs(np.corrcoef(np.isin(np.arange(1000), part), np.arange(1000))[0, 1]) < 0.1  # not the first half
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((np.arange(100) % 10, 20, 0.1), "fewer clients"),  # 20 x 10 samples > 100
+    ((np.arange(200) % 10, 15, 0.01), r"alpha 0.01 over 15 clients.*smallest had \d+.*raise alpha"),
+    ((np.arange(100) % 10, 0, 0.1), "num_clients"),
+    ((np.arange(100) % 10, 2, 0.0), "alpha"),
+    ((np.arange(100) % 10, 2, math.nan), "alpha"),
+])
+def test_an_impossible_split_says_why(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        dirichlet_split(*arguments)
+
+
+# ------------------------------------------------------------------ views
+
+
+def random_images(n, height=32, width=32):
+    return torch.randint(256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def by_torchvision(image, params, i):
+    """One view by torchvision's own functions, one image at a time."""
+    x = image.float() / 255
+    top, left, height, width = params["box"][i].int().tolist()
+    x = TF.resized_crop(x, top, left, height, width, list(image.shape[1:]), antialias=True)
+    x = TF.hflip(x) if params["flip"][i] else x
+    for jitter in params["order"][i].tolist():
+        if jitter == data.HUE:
+            x = TF.adjust_hue(x, params["hue"][i].item())
+        else:
+            adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[jitter]
+            x = adjust(x, params["factor"][i, jitter].item())
+    return TF.rgb_to_grayscale(x, 3) if params["gray"][i] else x
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (20, 48)])
+def test_views_equal_torchvision(height, width):
+    images = random_images(200, height, width)
+    params = draw_params(200, height, width, torch.Generator().manual_seed(2))
+    views = augment(images, params)
+    expected = torch.stack([by_torchvision(image, params, i) for i, image in enumerate(images)])
+    assert (views - expected).abs().max() < 1e-5
+
+
+NOTHING = {"box": torch.tensor([[0.0, 0, 32, 32]]), "flip": torch.tensor([False]), "factor": torch.ones(1, 3),
+           "hue": torch.zeros(1), "order": torch.arange(4)[None], "gray": torch.tensor([False])}
+
+
+@pytest.mark.parametrize("name, value, operation", [
+    ("flip", torch.tensor([True]), TF.hflip),
+    ("box", torch.tensor([[3.0, 7, 11, 20]]), lambda x: TF.resized_crop(x, 3, 7, 11, 20, [32, 32], antialias=True)),
+    ("factor", torch.tensor([[1.7, 1, 1]]), lambda x: TF.adjust_brightness(x, 1.7)),
+    ("factor", torch.tensor([[1, 0.3, 1]]), lambda x: TF.adjust_contrast(x, 0.3)),
+    ("factor", torch.tensor([[1, 1, 1.6]]), lambda x: TF.adjust_saturation(x, 1.6)),
+    ("hue", torch.tensor([-0.15]), lambda x: TF.adjust_hue(x, -0.15)),
+    ("gray", torch.tensor([True]), lambda x: TF.rgb_to_grayscale(x, 3)),
+    ("gray", torch.tensor([False]), lambda x: x),  # no parameter set: the image itself
+])
+def test_each_operation_alone_equals_torchvision(name, value, operation):
+    image = random_images(1)
+    view = augment(image, {**NOTHING, name: value})
+    assert (view[0] - operation(image[0].float() / 255)).abs().max() < 2e-6
+
+
+def test_parameters_have_the_distributions_of_the_paper():
+    params = draw_params(20000, 32, 32, torch.Generator().manual_seed(0))
+    top, left, height, width = params["box"].T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 32).all() and (left + width <= 32).all() and (height * width / 1024).max() <= 1
+    # area ~ U(0.08, 1) has mean 0.54; boxes that do not fit are drawn again, which lowers it a little
+    reference = [data.torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, 32, 32), (0.08, 1.0), (3 / 4, 4 / 3))
+                 for _ in range(5000)]
+    for ours, theirs in zip((top, left, height, width), torch.tensor(reference).float().T):
+        assert ours.mean() == pytest.approx(theirs.mean(), abs=0.6) and ours.std() == pytest.approx(theirs.std(), abs=0.5)
+    jittered = params["hue"] != 0
+    assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
+    assert (params["factor"][~jittered] == 1).all() and (params["factor"][jittered] != 1).any(1).all()
+    assert params["factor"].min() >= 0.2 and params["factor"].max() <= 1.8 and params["hue"].abs().max() <= 0.2
+    assert params["flip"].float().mean() == pytest.approx(0.5, abs=0.015)
+    assert params["gray"].float().mean() == pytest.approx(0.2, abs=0.015)
+    orders, counts = params["order"].unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and counts.min() > 20000 / 24 * 0.85
+
+
+def test_a_box_that_never_fits_becomes_the_largest_centred_one():
+    params = draw_params(50, 8, 64, torch.Generator().manual_seed(0), scale=(0.9, 1.0))  # 8:1, far from 4:3
+    assert params["box"].unique(dim=0).tolist() == [[0, 26, 8, 11]]
+
+
+def test_two_views_come_from_the_generator_alone_and_stay_in_range():
+    images = random_images(16)
+    first, again = (two_views(images, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    one, two = first
+    assert one.shape == two.shape == images.shape and one.dtype == torch.float32
+    assert min(one.min(), two.min()) >= 0 and max(one.max(), two.max()) <= 1
+    assert (one - two).abs().flatten(1).amax(1).min() > 0  # different parameters
+    same = two_views(images[:1].repeat(8, 1, 1, 1), torch.Generator().manual_seed(0))[0]
+    assert len(same.flatten(1).unique(dim=0)) == 8  # per sample, also within a batch
+
+
+# ------------------------------------------------------------------ data sets
+
+
+def test_shapes_are_the_same_every_time_and_balanced():
+    one, two = draw_shapes(200, 100), draw_shapes(200, 100)
+    assert torch.equal(one.train_x, two.train_x) and one.train_x.shape == (200, 3, 32, 32)
+    assert one.train_x.dtype == torch.uint8 and one.train_y.bincount().tolist() == [20] * 10
+    assert len(one.classes) == 10 and one.test_y.bincount().tolist() == [10] * 10
+    assert not torch.equal(one.train_x[:100], one.test_x)
+
+
+def test_colour_and_brightness_do_not_give_a_shape_away():
+    shapes = draw_shapes(2000, 10)
+    x = shapes.train_x.float()
+    statistics = torch.cat([x.mean((2, 3)), x.mean((1, 2, 3))[:, None]], 1)  # mean colour, brightness
+    between = torch.stack([statistics[shapes.train_y == c].mean(0) for c in range(10)]).std(0)
+    assert (between / statistics.std(0)).max() < 0.25  # the classes' means are close beside the spread
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with two classes, odd sizes and modes, a nested folder and a file that is no image."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            place = tmp_path / part / name
+            (place / "nested").mkdir(parents=True)
+            image = Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8))
+            image.save(place / "a.png")
+            image.convert("L").resize((32, 32)).save(place / "b.jpg")
+            image.convert("P").save(place / "c.gif")
+            image.convert("RGBA").save(place / "d.webp")
+            image.convert("CMYK").save(place / "e.jpeg")
+            image.resize((10, 90)).save(place / "nested" / "f.bmp")
+            (place / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_a_folder_of_any_images_loads(folder):
+    images = load_dataset(str(folder))
+    assert images.train_x.shape == (12, 3, 32, 32) and images.train_x.dtype == torch.uint8
+    assert images.classes == ["cat", "dog"] and images.test_y.tolist() == [0] * 6 + [1] * 6
+    original = torch.from_numpy(np.array(Image.open(folder / "train" / "cat" / "a.png"))).permute(2, 0, 1)
+    expected = TF.center_crop(TF.resize(original, 32, antialias=True), 32)
+    assert torch.equal(images.train_x[0], expected)
+    gray = images.train_x[1]
+    assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda root: (root / "train" / "cat" / "a.png").write_bytes(b"no image"), r"cat/a.png does not decode"),
+    (lambda root: (root / "train" / "cat" / "a.png").write_bytes(b""), r"cat/a.png does not decode"),
+    (lambda root: (root / "val").rename(root / "other"), "needs the folders"),
+    (lambda root: (root / "train").rename(root / "other"), "needs the folders"),
+    (lambda root: (root / "val" / "dog").rename(root / "val" / "wolf"), r"differ in their classes.*wolf"),
+    (lambda root: (root / "train" / "empty").mkdir(), "empty"),
+])
+def test_a_broken_folder_says_what_is_wrong(folder, damage, words):
+    damage(folder)
+    with pytest.raises(ValueError, match=words):
+        load_dataset(str(folder))
+
+
+def test_a_truncated_image_is_named(folder):
+    path = folder / "train" / "dog" / "e.jpeg"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="e.jpeg does not decode"):
+        load_dataset(str(folder))
+
+
+def test_tinyimagenet_reads_the_official_layout(tmp_path):
+    root, rng = tmp_path / "tiny-imagenet-200", np.random.default_rng(0)
+
+    def save(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    for wnid in ("n01", "n02"):
+        for i in range(3):
+            save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("n01_0.JPEG\t0\t0\t62\t62\n")
+    for i in range(4):
+        save(root / "val" / "images" / f"val_{i}.JPEG")
+    (root / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(["n02", "n01", "n02", "n02"])))
+    images = load_dataset("tinyimagenet", tmp_path)
+    assert images.train_x.shape == (6, 3, 32, 32) and images.train_y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.test_x.shape == (4, 3, 32, 32) and images.test_y.tolist() == [1, 0, 1, 1]
+    assert images.classes == ["n01", "n02"]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tinyimagenet"])
+def test_a_data_set_that_cannot_be_fetched_is_one_line(name, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    root = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match=f"{name} is not in .*nowhere.*--dataset shapes") as caught:
+        load_dataset(name, root)
+    assert "\n" not in str(caught.value) and not root.exists()
+
+
+def test_cifar_comes_from_torchvisions_files(tmp_path, monkeypatch):
+    class FakeCIFAR:
+        base_folder, classes = "cifar-10-batches-py", ["a", "b"]
+
+        def __init__(self, root, train, download):
+            n = 4 if train else 2
+            self.data = np.arange(n * 32 * 32 * 3, dtype=np.uint8).reshape(n, 32, 32, 3)
+            self.targets = [i % 2 for i in range(n)]
+    monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", FakeCIFAR)
+    images = load_dataset("cifar10", tmp_path)
+    assert images.train_x.shape == (4, 3, 32, 32) and images.test_y.tolist() == [0, 1]
+    assert images.train_x[0, :, 0, 1].tolist() == [3, 4, 5]  # channels moved in front
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(FileNotFoundError, match="'cifar11' is neither a folder nor one of cifar10"):
+        load_dataset("cifar11")

@@ -1,0 +1,258 @@
+"""train.py: the run folder, exact resume, the ablation's rows, and one line for every mistake."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import draw_shapes
+from eval import load_checkpoint
+from model import SSDNet
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dataset", "shapes", "--width", "2", "--batch-size", "16", "--clients", "3", "--alpha", "1",
+         "--local-epochs", "1", "--device", "cpu", "--no-amp"]
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch, tmp_path):
+    """120 drawn images, and a working folder where nothing of the project lies."""
+    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.chdir(tmp_path)
+
+
+def weights(path="runs/a/last.pt"):
+    return load_checkpoint(path)[0]["model"]
+
+
+def same(one, two):
+    return all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def lines(path="runs/a/metrics.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# ------------------------------------------------------------------ a run
+
+
+def test_a_run_leaves_its_folder_and_says_what_is_next(capsys):
+    train.main([*SMALL, "--rounds", "2", "--out", "runs/a"])
+    printed = capsys.readouterr().out
+    assert "round   2/2" in printed and "of the untrained encoder" in printed
+    assert "python eval.py runs/a/last.pt" in printed and "--resume runs/a/last.pt" in printed
+    assert sorted(path.name for path in Path("runs/a").iterdir()) == ["config.json", "last.pt", "metrics.jsonl", "split.json"]
+    assert [line["round"] for line in lines()] == [1, 2]
+    for key in ("align", "uniform", "dsr", "distill", "loss", "knn", "uniformity_h", "uniformity_z", "seconds", "lr"):
+        assert isinstance(lines()[0][key], float), key
+    assert lines()[0]["clients"] == [0, 1, 2]
+    config = json.loads(Path("runs/a/config.json").read_text())
+    assert config["gamma"] == 1 and config["delta"] == 0.1 and config["versions"]["torch"] == torch.__version__
+    split = json.loads(Path("runs/a/split.json").read_text())
+    assert sorted(sum(split.values(), [])) == list(range(120))
+
+
+def test_the_checkpoint_holds_tensors_and_plain_values_only():
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    content = torch.load("runs/a/last.pt", weights_only=True)
+    assert set(content) == {"round", "config", "split", "model"} and content["round"] == 1
+    SSDNet(2).load_state_dict(content["model"])
+
+
+def test_training_moves_the_loss_and_the_weights():
+    train.main([*SMALL, "--rounds", "3", "--out", "runs/a"])
+    torch.manual_seed(0)
+    assert not same(weights(), SSDNet(2).state_dict())
+    assert lines()[-1]["uniform"] < lines()[0]["uniform"]
+
+
+def test_the_same_flags_give_the_same_weights_and_another_seed_others():
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.main([*SMALL, "--rounds", "1", "--seed", str(seed), "--out", f"runs/{name}"])
+    assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
+    assert not same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
+
+
+def test_resuming_ends_bit_equal_with_one_line_a_round():
+    train.main([*SMALL, "--rounds", "4", "--out", "runs/whole"])
+    train.main([*SMALL, "--rounds", "2", "--out", "runs/a"])
+    with open("runs/a/metrics.jsonl", "a") as file:  # killed after a line, before its checkpoint
+        file.write('{"round": 3, "half a li')
+    train.main(["--resume", "runs/a/last.pt", "--rounds", "4"])
+    assert same(weights("runs/whole/last.pt"), weights("runs/a/last.pt"))
+
+    def timeless(path):
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(path)]
+    assert timeless("runs/a/metrics.jsonl") == timeless("runs/whole/metrics.jsonl")
+
+
+def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    before = Path("runs/a/last.pt").read_bytes()
+    train.main([*SMALL, "--rounds", "1", "--resume", "runs/a/last.pt"])  # nothing left to do
+    for flags in (["--lr", "0.3"], ["--clients", "4"], ["--method", "dsr"], ["--rounds", "0"], ["--no-projector"],
+                  ["--out", "runs/b"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--resume", "runs/a/last.pt", *flags])
+        assert stop.value.code == 2
+    capsys.readouterr()
+    assert Path("runs/a/last.pt").read_bytes() == before and not Path("runs/b").exists()
+
+
+def test_a_second_run_of_the_same_name_gets_its_own_folder():
+    for _ in range(2):
+        train.main([*SMALL, "--rounds", "1"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["shapes-ssd-k3-seed0", "shapes-ssd-k3-seed0-2"]
+
+
+def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
+    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--out", "runs/a"])
+    split = json.loads(Path("runs/a/split.json").read_text())
+    chosen = sorted(sum(split.values(), []))
+    assert len(set(chosen)) == 60 and chosen != list(range(60)) and max(chosen) < 120
+    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "runs/a/split.json", "--out", "runs/b"])
+    assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
+    Path("bare.json").write_text(json.dumps(list(split.values())))
+    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "bare.json", "--out", "runs/c"])
+    assert same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch):
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    before = Path("runs/a/last.pt").read_bytes()
+    monkeypatch.setattr(train, "ssd_loss", lambda h1, *rest, **weights: (h1.sum() * float("nan"), {}))
+    with pytest.raises(SystemExit, match="round 2: the loss is not finite"):
+        train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+    assert Path("runs/a/last.pt").read_bytes() == before and len(lines()) == 1
+
+
+# ------------------------------------------------------------------ methods
+
+
+@pytest.mark.parametrize("method, gamma, delta", [("fedalignuniform", 0, 0), ("pd", 0, 0.1), ("dsr", 1, 0),
+                                                  ("ssd", 1, 0.1), ("hsd", 0, 0)])
+def test_a_method_is_its_weights(method, gamma, delta):
+    train.main([*SMALL, "--rounds", "1", "--method", method, "--out", "runs/a"])
+    line = lines()[0]
+    assert line["loss"] == pytest.approx(line["align"] + line["uniform"] + gamma * line["dsr"] + delta * line["distill"], abs=1e-5)
+
+
+def test_hsd_lives_on_own_dimensions_and_a_weight_may_be_set_by_hand():
+    train.main([*SMALL, "--rounds", "1", "--method", "hsd", "--out", "runs/a"])
+    assert lines()[0]["dsr"] == pytest.approx(0, abs=1e-6)
+    train.main([*SMALL, "--rounds", "1", "--method", "fedalignuniform", "--gamma", "0.5", "--out", "runs/b"])
+    assert json.loads(Path("runs/b/config.json").read_text())["gamma"] == 0.5
+
+
+def test_without_projector_distillation_is_zero():
+    train.main([*SMALL, "--rounds", "1", "--no-projector", "--out", "runs/a"])
+    assert lines()[0]["distill"] == 0
+
+
+def test_labels_reach_no_part_of_training(monkeypatch):
+    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--out", "runs/a"])
+    shapes = draw_shapes(120, 40)
+    shuffled = shapes._replace(train_y=shapes.train_y.flip(0), test_y=shapes.test_y.flip(0))
+    monkeypatch.setattr("data.draw_shapes", lambda: shuffled)
+    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "runs/a/split.json", "--out", "runs/b"])
+    assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
+
+
+# ------------------------------------------------------------------ mistakes
+
+
+PARTITION = [list(range(0, 60)), list(range(60, 120))]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--clients", "0"], "--clients.*at least 1.*'0'"),
+    (["--clients", "2.5"], "--clients.*whole number"),
+    (["--clients", "1000"], "1000 clients.*fewer clients"),
+    (["--clients", "13"], "13 clients.*120"),
+    (["--alpha", "0"], "--alpha.*above 0"),
+    (["--alpha", "-1"], "--alpha"),
+    (["--alpha", "nan"], "--alpha"),
+    (["--alpha", "inf"], "--alpha"),
+    (["--alpha", "0.001", "--clients", "11"], "alpha 0.001.*raise alpha"),
+    (["--participation", "0"], "--participation"),
+    (["--participation", "1.01"], "--participation.*at most 1"),
+    (["--rounds", "0"], "--rounds"),
+    (["--local-epochs", "0"], "--local-epochs"),
+    (["--limit", "0"], "--limit"),
+    (["--limit", "121"], "--limit 121.*120"),
+    (["--limit", "20"], "3 clients.*fewer clients"),
+    (["--method", "fedavg"], "--method.*fedavg"),
+    (["--beta", "-1"], "--beta"),
+    (["--gamma", "x"], "--gamma.*'x'"),
+    (["--delta", "-0.1"], "--delta"),
+    (["--scale", "0"], "--scale"),
+    (["--method", "hsd", "--scale", "1"], "hsd.*--scale"),
+    (["--lr", "0"], "--lr"),
+    (["--momentum", "1.5"], "--momentum"),
+    (["--weight-decay", "-1"], "--weight-decay"),
+    (["--batch-size", "1"], "--batch-size.*at least 2"),
+    (["--width", "0"], "--width"),
+    (["--seed", "-1"], "--seed"),
+    (["--device", "tpu"], "'tpu'.*--device cpu"),
+    (["--device", "cuda:99"], "'cuda:99'.*--device cpu"),
+    (["--dataset", "cifar11"], "cifar11.*cifar10"),
+    (["--dataset", "empty"], "empty.*train/<class>"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--split-file", "missing.json"], "missing.json"),
+    (["--split-file", "not.json"], "not.json must be JSON"),
+    (["--split-file", "number.json"], "must be JSON"),
+    (["--split-file", "words.json"], "must be JSON"),
+    (["--split-file", "twice.json"], "names twice image 5"),
+    (["--split-file", "outside.json"], "image 120"),
+    (["--split-file", "short.json"], "leaves out image 119"),
+    (["--split-file", "lonely.json"], "at least 2"),
+    (["--split-file", "good.json"], "--clients 3: the split file has 2"),
+    (["--resume", "missing.pt"], "no checkpoint at missing.pt"),
+    (["--resume", "garbage.pt"], "garbage.pt is not a checkpoint"),
+    (["--resume", "shape.pt"], "shape.pt is not a checkpoint"),
+    (["--out", "full"], "full is not empty"),
+    (["--out", "not.json"], "not.json is not empty"),
+    (["--out", "not.json/run"], "not.json"),
+])
+def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys):
+    files = {"not.json": "{", "number.json": "3", "words.json": '[["a"]]', "twice.json": [[5], *PARTITION],
+             "outside.json": [*PARTITION, [120, 121]], "short.json": [PARTITION[0], PARTITION[1][:-1]],
+             "lonely.json": [[0], list(range(1, 120))], "good.json": PARTITION, "garbage.pt": "garbage", "full/file": "x"}
+    (tmp_path / "full").mkdir(), (tmp_path / "empty").mkdir()
+    for name, content in files.items():
+        if name == "twice.json":
+            content = [[5, 5, *PARTITION[0]], PARTITION[1]]
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    torch.save({"round": 1, "config": {"width": 4, "projector": True}, "split": [torch.arange(9)],
+                "model": SSDNet(2).state_dict()}, "shape.pt")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert pytest.importorskip("re").search(words, err), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_papers_command_without_data_says_what_to_do(tmp_path):
+    """The real script with no network (a proxy that nobody serves): one line, status 2, nothing written."""
+    dead = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--clients", "10", "--alpha", "0.1"], cwd=tmp_path,
+                          capture_output=True, text=True, env=dead)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    for words in ("cifar10", "data/cifar-10-batches-py", "--dataset shapes"):
+        assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["losses", "model", "data", "federated"])
+def test_a_core_file_runs_alone(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    done = subprocess.run([sys.executable, "-W", "error", f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) >= 3
