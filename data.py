@@ -57,7 +57,8 @@ def load_dataset(name, root="data"):
         return _load_tinyimagenet(Path(root))
     if Path(name).is_dir():
         return _load_folder(Path(name))
-    raise FileNotFoundError(f"data set {name!r} is neither a folder nor one of {', '.join(DATASETS)}")
+    known = ", ".join(DATASETS)
+    raise FileNotFoundError(f"data set {name!r} is neither a folder nor one of {known}")
 
 
 @contextlib.contextmanager
@@ -102,9 +103,10 @@ def _load_tinyimagenet(root):
 def _load_folder(root):
     test_dir = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
     if not (root / "train").is_dir() or test_dir is None:
-        raise ValueError(f"{root} needs the folders train/<class>/ and test/<class>/ or val/<class>/")
+        raise ValueError(f"{root} needs the folders train/<class>/ and test/<class>/ (or val/)")
+    folder = torchvision.datasets.ImageFolder
     try:
-        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", test_dir))
+        train, test = folder(root / "train"), folder(test_dir)
     except FileNotFoundError as error:  # no class folder, or one without images
         raise ValueError(f"{root}: {error}") from error
     if train.classes != test.classes:
@@ -123,14 +125,15 @@ def _read_image(path, size=32):
     """Any image file -> uint8 (3, size, size): short side resized, centre cropped."""
     try:
         image = torchvision.datasets.folder.pil_loader(path)
-        image = TF.center_crop(TF.resize(image, size), size) if image.size != (size, size) else image
+        if image.size != (size, size):
+            image = TF.center_crop(TF.resize(image, size), size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:
         raise ValueError(f"{path} does not decode as an image: remove or replace it") from error
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
-    """Ten classes of drawn objects as `Images`: 32x32 RGB, no file, no network; classes are balanced.
+    """Ten classes of drawn objects as `Images`: 32x32 RGB, no file, no network, classes balanced.
 
     Every image has four objects of its class on a cluttered background. Colour, size, place and
     rotation are drawn independently of the class: only the outline tells it.
@@ -140,7 +143,8 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(num_train + num_test) % len(names)
     x = torch.cat([_draw_batch(part, generator) for part in y.split(500)])
-    return Images(x[:num_train], y[:num_train], x[num_train:], y[num_train:], names)
+    train, test = slice(num_train), slice(num_train, None)
+    return Images(x[train], y[train], x[test], y[test], names)
 
 
 def _draw_batch(labels, generator, size=32, oversample=2):
@@ -156,7 +160,8 @@ def _draw_batch(labels, generator, size=32, oversample=2):
         y, x = (c - at - uniform(-0.08, 0.08, 1, 1)
                 for c, at in zip(torch.meshgrid(axis, axis, indexing="ij"), centre))
         turn, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.4, 0.55, 1, 1)
-        x, y = ((x * turn.cos() + y * turn.sin()) / radius, (y * turn.cos() - x * turn.sin()) / radius)
+        cos, sin = turn.cos() / radius, turn.sin() / radius
+        x, y = x * cos + y * sin, y * cos - x * sin
         r, angle = x.hypot(y), torch.atan2(y, x)
         near, far = torch.minimum(x.abs(), y.abs()), torch.maximum(x.abs(), y.abs())
         inside = torch.stack([
@@ -186,25 +191,25 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
     """
     labels = np.asarray(labels)
     if num_clients < 1 or not 0 < alpha < math.inf or min_size < 1:
-        raise ValueError("dirichlet_split needs num_clients >= 1, a finite alpha > 0 and min_size >= 1, "
+        raise ValueError("dirichlet_split needs num_clients >= 1, finite alpha > 0, min_size >= 1, "
                          f"got {num_clients}, {alpha}, {min_size}")
     if num_clients * min_size > len(labels):
-        raise ValueError(f"{num_clients} clients with at least {min_size} samples each need more than "
-                         f"the {len(labels)} there are: take fewer clients")
+        raise ValueError(f"{num_clients} clients with {min_size} samples each need more than the "
+                         f"{len(labels)} there are: take fewer clients")
     rng = np.random.default_rng(seed)
     by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    largest_minimum = 0
+    best = 0
     for _ in range(max_redraws):
         shares = rng.dirichlet(np.full(num_clients, alpha), len(by_class)).cumsum(1)[:, :-1]
         cuts = [(share * len(index)).astype(int) for share, index in zip(shares, by_class)]
-        sizes = sum(np.diff(cut, prepend=0, append=len(index)) for cut, index in zip(cuts, by_class))
-        largest_minimum = max(largest_minimum, sizes.min())
+        sizes = sum(np.diff(cut, prepend=0, append=len(c)) for cut, c in zip(cuts, by_class))
+        best = max(best, sizes.min())
         if sizes.min() >= min_size:
             parts = [np.split(rng.permutation(index), cut) for cut, index in zip(cuts, by_class)]
             return [np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts)]
-    raise ValueError(f"no split with alpha {alpha} over {num_clients} clients in {max_redraws} draws gave "
-                     f"every client {min_size} samples (the smallest had {largest_minimum} at best): "
-                     "raise alpha or take fewer clients")
+    raise ValueError(f"alpha {alpha} over {num_clients} clients: the smallest had {best} samples "
+                     f"in the best of {max_redraws} draws, not {min_size}: raise alpha or take fewer "
+                     "clients")
 
 
 # ---------------------------------------------------------------------------- views
@@ -240,20 +245,20 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gr
     h, w = (torch.where(fits.any(1), side.gather(1, first)[:, 0], float(fallback))
             for side, fallback in ((h, fallback_h), (w, fallback_w)))
     top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
-    whole = ~fits.any(1)
-    top[whole], left[whole] = (height - fallback_h) // 2, (width - fallback_w) // 2
+    misfit = ~fits.any(1)
+    top[misfit], left[misfit] = (height - fallback_h) // 2, (width - fallback_w) // 2
     jittered = rand() < jitter_p
     return {
-        "box": torch.stack([top, left, h, w], 1),                               # (n, 4) pixels
-        "flip": rand() < 0.5,                                                   # (n,)
-        "factor": torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0),     # (n, 3) of JITTERS
-        "hue": torch.where(jittered, 0.4 * rand() - 0.2, 0.0),                  # (n,) of a full turn
-        "order": rand(4).argsort(1),                                            # (n, 4) into JITTERS
-        "gray": rand() < gray_p,                                                # (n,)
+        "box": torch.stack([top, left, h, w], 1),                             # (n, 4) pixels
+        "flip": rand() < 0.5,                                                 # (n,)
+        "factor": torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0),   # (n, 3), not hue
+        "hue": torch.where(jittered, 0.4 * rand() - 0.2, 0.0),                # (n,) of a turn
+        "order": rand(4).argsort(1),                                          # (n, 4), as below
+        "gray": rand() < gray_p,                                              # (n,)
     }
 
 
-JITTERS = BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 def augment(images, params):
@@ -265,14 +270,16 @@ def augment(images, params):
     order, device = params["order"], images.device
     blends = order[order != HUE].view(-1, 3)
     factors = params["factor"].gather(1, blends)
-    turned = [((order[:, place] == HUE) & (params["hue"] != 0)).nonzero()[:, 0] for place in range(4)]
+    is_hue = (order == HUE) & (params["hue"] != 0)[:, None]
+    turned = [is_hue[:, place].nonzero()[:, 0] for place in range(4)]
     blends, factors, flip, gray, hue = (
         value.to(device, non_blocking=True)[..., None, None, None]
         for value in (blends, factors, params["flip"], params["gray"], params["hue"]))
     top, left, h, w = params["box"].to(device, non_blocking=True).T[..., None]
 
-    # Crop, resize and flip are linear along each axis: one matrix for the rows, one for the columns.
-    rows, columns = _resize_matrix(top, h, images.shape[2]), _resize_matrix(left, w, images.shape[3])
+    # Crop, resize and flip are linear along each axis: a matrix for the rows, one for the columns.
+    rows = _resize_matrix(top, h, images.shape[2])
+    columns = _resize_matrix(left, w, images.shape[3])
     columns = torch.where(flip[:, 0], columns.flip(1), columns)
     x = rows[:, None] @ (images.float() / 255) @ columns.mT[:, None]
     for place in range(4):
@@ -281,7 +288,8 @@ def augment(images, params):
             x[index] = _turn_hue(x[index], hue[index, :, 0])
         if place < 3:  # brightness, contrast, saturation: blend with black, mean gray, own gray
             luma, kind = TF.rgb_to_grayscale(x), blends[:, place]
-            base = luma * (kind == SATURATION) + luma.mean((2, 3), keepdim=True) * (kind == CONTRAST)
+            mean = luma.mean((2, 3), keepdim=True)
+            base = luma * (kind == SATURATION) + mean * (kind == CONTRAST)
             x = torch.lerp(base, x, factors[:, place]).clamp_(0, 1)
     return torch.where(gray, TF.rgb_to_grayscale(x), x)
 
@@ -297,9 +305,9 @@ def _turn_hue(x, turn):
     """Turn the hue of RGB x (n, 3, H, W) by `turn` (n, 1, 1) of a circle, by way of HSV."""
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     (r, g, b), c = x.unbind(1), chroma.clamp(min=1e-12)
-    sixth = torch.where(value == r, (g - b) / c, torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4))
-    k = torch.arange(5, 0, -2, device=x.device)[:, None, None] + (sixth + 6 * turn)[:, None]
-    k = k.remainder(6)
+    sixth = torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4)
+    sixth = torch.where(value == r, (g - b) / c, sixth) + 6 * turn
+    k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + sixth[:, None]).remainder(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
@@ -307,7 +315,7 @@ if __name__ == "__main__":
     labels = np.arange(5000) % 10
     table = np.stack([np.bincount(labels[part], minlength=10)
                       for part in dirichlet_split(labels, num_clients=10, alpha=0.1)])
-    print("Dirichlet(0.1) split of 10 classes x 500 images over 10 clients: every column adds up to 500\n")
+    print("Dirichlet(0.1) split of 10 classes x 500 images over 10 clients: columns sum to 500\n")
     print("client" + "".join(f"{f'class {c}':>9}" for c in range(10)) + f"{'all':>8}")
     for k, row in enumerate(table):
         print(f"{k:6d}" + "".join(f"{count or '.':>9}" for count in row) + f"{row.sum():8d}")

@@ -1,14 +1,14 @@
-"""How good is a representation? Measures on frozen features, and a script that applies them to a checkpoint.
+"""How good is a representation? Measures on frozen features, and a script that takes a checkpoint.
 
-    knn_accuracy       weighted k-nearest-neighbour vote, cosine similarity        per cent
-    linear_probe       a linear classifier on frozen features                      per cent
-    uniformity(_parts) log E exp(-t ||z - z'||^2), split into intra- and inter-client    [-4t, 0]
-    alignment          E ||z1 - z2||^2 over two views                              [0, 4]
-    effective_rank     exp(entropy of the normalised singular values)              [1, D]
+    knn_accuracy       weighted k-nearest-neighbour vote, cosine similarity     per cent
+    linear_probe       a linear classifier on frozen features                   per cent
+    uniformity(_parts) log E exp(-t ||z - z'||^2), within and between clients   [-4t, 0]
+    alignment          E ||z1 - z2||^2 over two views                           [0, 4]
+    effective_rank     exp(entropy of the normalised singular values)           [1, D]
 
-Every protocol is fixed beforehand and reported at its end: nothing is chosen by its test score.
+A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
 
-    python eval.py runs/NAME/last.pt                       # about 2 min on two CPU cores at width 32
+    python eval.py runs/NAME/last.pt                       # width 32, CIFAR-10, two cores: 2 min
     python eval.py runs/NAME/last.pt --dataset cifar100    # transfer to another data set
 """
 import argparse
@@ -26,10 +26,10 @@ from model import SSDNet, bf16_is_fast
 
 
 def knn_accuracy(train_h, train_y, test_h, test_y, k=200, temperature=0.1):
-    """Weighted kNN (Wu et al. 2018): the k most similar training rows vote with exp(cosine / temperature).
+    """Weighted kNN (Wu et al. 2018): the k most similar training rows vote by exp(cosine / T).
 
-    train_h (N, D) and test_h (M, D) features of any length, train_y (N,), test_y (M,) int64 labels -> per cent
-    of test rows whose class wins. k is lowered to N if there are fewer training rows.
+    train_h (N, D), test_h (M, D): features of any length; train_y (N,), test_y (M,): int64 labels.
+    Returns the per cent of test rows whose class wins. k is lowered to N where N is smaller.
     """
     bank, queries = F.normalize(train_h.float(), dim=1), F.normalize(test_h.float(), dim=1)
     correct = 0
@@ -42,14 +42,15 @@ def knn_accuracy(train_h, train_y, test_h, test_y, k=200, temperature=0.1):
 
 
 def linear_probe(train_h, train_y, test_h, test_y, epochs=200, lr=3e-3, batch_size=512, seed=0):
-    """Linear classifier on frozen features, softmax cross-entropy, by Adam -> per cent on the test rows.
+    """Linear classifier on frozen features, softmax cross-entropy, Adam: per cent on the test rows.
 
-    Features (N, D) as they come, labels int64 (N,). Defaults are the paper's protocol; the head starts
-    at zero, `seed` shuffles. The last epoch is what is reported.
+    Features (N, D) as they come, labels int64 (N,). The defaults are the paper's protocol. The
+    head starts at zero and `seed` shuffles; the last epoch is what is reported.
     """
     train_h, test_h = train_h.float(), test_h.float()
     head = torch.nn.Linear(train_h.shape[1], int(train_y.max()) + 1).to(train_h.device)
-    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
@@ -63,49 +64,58 @@ def linear_probe(train_h, train_y, test_h, test_y, epochs=200, lr=3e-3, batch_si
 
 
 def uniformity_parts(h, client, t=2.0):
-    """Global uniformity and what each client and each pair of clients contributes to it.
+    """Global uniformity, and what each client and each pair of clients contributes to it.
 
-        total = log( sum_k w_k^2 E_kk + sum_{i != j} w_i w_j E_ij ),   E_ij = E exp(-t ||z - z'||^2)
+        total = log( sum_k w_k^2 E_kk + sum_{i != j} w_i w_j E_ij )
+        E_ij  = E exp(-t ||z - z'||^2), z of client i, z' of client j, two different rows
 
-    with z, z' different rows of clients i and j (h with its rows normalised) and w_i w_j the share of such
-    pairs. h (N, D), client (N,) int64 ids below K -> total (), intra (K,) of w_k^2 E_kk, inter (K, K)
-    of w_i w_j E_ij with zero diagonal: log(intra.sum() + inter.sum()) = total exactly. total is in
-    [-4t, 0], lower is more uniform. The seed equation of the paper has a leading minus, which does not fit
-    its own tables; this is the sign of Wang & Isola (2020), tables show -total.
+    where z are h's rows on the unit sphere and w_i w_j is the share of the pairs (i, j).
+    h (N, D), client (N,) int64 ids below K -> total (), in [-4t, 0], lower is more uniform;
+    intra (K,), the terms w_k^2 E_kk; inter (K, K), the terms w_i w_j E_ij with a zero diagonal:
+    total = log(intra.sum() + inter.sum()). ValueError for fewer than two rows.
+    The paper's seed equation has a leading minus, which does not fit its own tables: this is the
+    sign of Wang & Isola (2020), and the tables show -total.
     """
     if h.ndim != 2 or len(h) < 2 or client.shape != h.shape[:1]:
         raise ValueError("uniformity needs h (N, D) with N >= 2 and one client id a row, "
                          f"got {tuple(h.shape)} and {tuple(client.shape)}")
-    z, member = F.normalize(h.float(), dim=1), F.one_hot(client.long()).double()
+    z, member = F.normalize(h.float(), dim=1), F.one_hot(client.long()).float()
     sums = 0
     for rows in torch.arange(len(z), device=z.device).split(1000):
         kernel = (t * (2 * z[rows] @ z.T - 2)).exp()
-        kernel[torch.arange(len(rows), device=z.device), rows] = 0  # a row is no pair with itself
-        sums = sums + member[rows].T @ (kernel.double() @ member)
+        kernel[rows - rows[0], rows] = 0  # a row is no pair with itself
+        sums = sums + (member[rows].T @ (kernel @ member)).double()
     shares = sums / (len(z) * (len(z) - 1))
     intra = shares.diagonal().clone()
     return shares.sum().log(), intra, shares - intra.diag()
 
 
 def uniformity(h, t=2.0):
-    """log mean over pairs of rows of exp(-t ||z - z'||^2), z = h / ||h||: h (N, D) -> float in [-4t, 0]."""
+    """log mean of exp(-t ||z - z'||^2) over pairs of rows z = h / ||h||: (N, D) -> [-4t, 0]."""
     return uniformity_parts(h, torch.zeros(len(h), dtype=torch.long, device=h.device), t)[0].item()
 
 
 def alignment(h1, h2):
-    """mean ||z1 - z2||^2, z = h / ||h||: two views' features (N, D) -> float in [0, 4], lower is better."""
-    return (F.normalize(h1.float(), dim=1) - F.normalize(h2.float(), dim=1)).square().sum(1).mean().item()
+    """mean ||z1 - z2||^2, z = h / ||h||: two views' features (N, D) -> [0, 4], lower is closer."""
+    z1, z2 = F.normalize(h1.float(), dim=1), F.normalize(h2.float(), dim=1)
+    return (z1 - z2).square().sum(1).mean().item()
 
 
 def effective_rank(h):
-    """exp(-sum p log p), p the singular values of the row-normalised h (N, D) over their sum (Roy & Vetterli 2007)."""
+    """exp(-sum p log p), p = singular values of the unit rows of h (N, D) over their sum: [1, D].
+
+    Roy & Vetterli 2007; the rows are not centred.
+    """
     singular = torch.linalg.svdvals(F.normalize(h.double(), dim=1))
     return torch.special.entr(singular / singular.sum()).sum().exp().item()
 
 
 @torch.no_grad()
 def encode(model, images, amp=None):
-    """Features of images, uint8 (N, 3, H, W) or float in [0, 1], in evaluation mode: h (N, D), u (N, D), float32."""
+    """Frozen features h, u (N, D), float32, of images (N, 3, H, W), uint8 or float in [0, 1].
+
+    BatchNorm uses its running statistics; amp: bfloat16 autocast, by default where it is fast.
+    """
     device = next(model.parameters()).device
     amp = bf16_is_fast(device) if amp is None else amp
     was_training, features = model.training, []
@@ -123,63 +133,71 @@ def encode(model, images, amp=None):
 
 
 def evaluate(model, data, client_of=None, epochs=200, seed=0):
-    """All measures of one network on `data` (`data.Images`), as a flat dict.
+    """All measures of one network on `data` (`data.Images`), as a flat dict of floats.
 
-    Accuracies: trained on all training images, tested on all test images. Geometry of h and z: on the test
-    images; its intra- and inter-client parts on up to 5,000 training images, for which `client_of`
-    (N,) gives the client of each, -1 for none.
+    Accuracies: trained on all training images, tested on all test images. Geometry of h and of
+    z (the projector's output): on the test images. Intra- and inter-client parts: on at most 5,000
+    training images, client_of (N,) telling the client that holds each, -1 for none; each is
+    log E over the pairs of that kind, so that it compares with the whole.
     """
     device = next(model.parameters()).device
     train_y, test_y = data.train_y.to(device), data.test_y.to(device)
     train_h, train_u = encode(model, data.train_x)
     test_h, test_u = encode(model, data.test_x)
-    views = two_views(data.test_x[:5000].to(device), torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    views = two_views(data.test_x[:5000].to(device), generator)
     (h1, u1), (h2, u2) = (encode(model, view) for view in views)
-    scores = {"linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs=epochs, seed=seed),
+    scores = {"linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs, seed=seed),
               "knn": knn_accuracy(train_h, train_y, test_h, test_y)}
-    for name, test, one, two in (("h", test_h, h1, h2), ("z", test_u, u1, u2)):
-        scores |= {f"uniformity_{name}": uniformity(test), f"alignment_{name}": alignment(one, two),
-                   f"effective_rank_{name}": effective_rank(test), f"norm_{name}": test.norm(dim=1).mean().item()}
-    if client_of is not None:
+    for part, test, one, two in (("h", test_h, h1, h2), ("z", test_u, u1, u2)):
+        scores[f"uniformity_{part}"] = uniformity(test)
+        scores[f"alignment_{part}"] = alignment(one, two)
+        scores[f"effective_rank_{part}"] = effective_rank(test)
+        scores[f"norm_{part}"] = test.norm(dim=1).mean().item()
+    if client_of is not None and client_of.max() > 0:
         held = (client_of >= 0).nonzero()[:, 0]
-        held = held[torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))[:5000]]
-        client = client_of[held].to(device)
-        for name, train in (("h", train_h), ("z", train_u)):
-            _, intra, inter = uniformity_parts(train[held.to(device)], client)
-            share = torch.bincount(client).double().square().sum() / len(client) ** 2
-            scores[f"uniformity_intra_{name}"] = (intra.sum() / share).log().item()
-            scores[f"uniformity_inter_{name}"] = (inter.sum() / (1 - share)).log().item()
+        held = held[torch.randperm(len(held), generator=generator)[:5000]].to(device)
+        client = client_of.to(device)[held]
+        sizes = torch.bincount(client).double()
+        own = (sizes * (sizes - 1)).sum() / (len(held) * (len(held) - 1))  # share of intra pairs
+        for part, train in (("h", train_h), ("z", train_u)):
+            _, intra, inter = uniformity_parts(train[held], client)
+            scores[f"uniformity_intra_{part}"] = (intra.sum() / own).log().item()
+            scores[f"uniformity_inter_{part}"] = (inter.sum() / (1 - own)).log().item()
     return scores
 
 
 def print_scores(scores):
-    """The table of `evaluate` on the terminal; uniformity with the sign of the paper's tables."""
-    print(f"  linear probe {scores['linear_probe']:6.2f} %\n  kNN (k=200)  {scores['knn']:6.2f} %\n")
-    print("                        h        z\n                 (encoder) (projector)")
-    for label, key, sign in (("-L_uniform", "uniformity", -1), ("  intra-client", "uniformity_intra", -1),
-                             ("  inter-client", "uniformity_inter", -1), ("alignment", "alignment", 1),
-                             ("effective rank", "effective_rank", 1), ("mean norm", "norm", 1)):
+    """The table of `evaluate`; uniformity with the sign of the paper's tables."""
+    print(f"  linear probe {scores['linear_probe']:8.2f} %\n  kNN (k=200) {scores['knn']:9.2f} %\n")
+    print("                        h        z\n                  encoder  projector")
+    rows = (("-L_uniform", "uniformity", -1), ("  intra-client", "uniformity_intra", -1),
+            ("  inter-client", "uniformity_inter", -1), ("alignment", "alignment", 1),
+            ("effective rank", "effective_rank", 1), ("norm of h, u", "norm", 1))
+    for label, key, sign in rows:
         if f"{key}_h" in scores:
-            print(f"  {label:15s}" + "".join(f"{sign * scores[f'{key}_{part}']:9.3f}" for part in "hz"))
+            values = (sign * scores[f"{key}_{part}"] for part in "hz")
+            print(f"  {label:15s}" + "".join(f"{value:9.3f}" for value in values))
 
 
 def pick_device(name="auto"):
-    """torch.device from "auto" (CUDA, else Apple's MPS, else CPU) or a name; ValueError if it is not there."""
+    """A name, or "auto" (CUDA, else the CPU) -> torch.device; ValueError if it is not there."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not there: take --device cpu, or auto to find one") from error
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not there: take --device cpu or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: take --device cpu, cuda or auto")
+    return device
 
 
 def load_checkpoint(path):
-    """Read a checkpoint of train.py without running code from it: (checkpoint dict, network on the CPU).
+    """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
 
-    Raises ValueError if the file is no checkpoint or its weights do not fit its own config.
+    Raises ValueError if the file is no checkpoint, or its weights do not fit its own config.
     """
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -187,34 +205,36 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, split = checkpoint["config"], checkpoint["split"]
         if type(checkpoint["round"]) is not int or min(int(part.min()) for part in split) < 0:
-            raise ValueError("round or split is not what it should be")
+            raise ValueError("its round or split is not one")
         with torch.device("meta"):  # no memory is taken before the shapes are known to fit
             model = SSDNet(config["width"], projector=config["projector"])
         model.load_state_dict(checkpoint["model"], assign=True)
         return checkpoint, model.to(memory_format=torch.channels_last)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise ValueError(f"{path} is not a checkpoint of train.py ({reason})") from error
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that reports a mistake in one line: what is wrong, the value, what to do; exit status 2."""
+    """argparse that reports a mistake in one line, without the usage, with exit status 2."""
 
     def error(self, message):
+        """Print what is wrong and leave."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def main(argv=None):
-    """Evaluate a checkpoint; print a table and append one line to eval.jsonl beside it."""
+    """Evaluate a checkpoint: print a table, append one line to eval.jsonl beside it."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="runs/NAME/last.pt as train.py wrote it")
-    parser.add_argument("--dataset", help="another data set than the one it was trained on (transfer)")
-    parser.add_argument("--data-dir", default="data", help="where downloaded data sets are kept (default: data)")
-    parser.add_argument("--epochs", type=int, default=200, help="of the linear probe (default: 200, the paper's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    parser.add_argument("--seed", type=int, default=0, help="of the probe's shuffling and the views (default: 0)")
+    add = parser.add_argument
+    add("checkpoint", help="runs/NAME/last.pt, as train.py wrote it")
+    add("--dataset", help="another data set than the checkpoint's (transfer)")
+    add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
+    add("--epochs", type=int, default=200, help="of the linear probe (%(default)s, as the paper)")
+    add("--seed", type=int, default=0, help="of the probe's shuffling and the views (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     args = parser.parse_args(argv)
-    start = time.time()
+    start, client_of = time.time(), None
     try:
         if args.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
@@ -223,20 +243,20 @@ def main(argv=None):
         config = checkpoint["config"]
         dataset = args.dataset or config["dataset"]
         data = load_dataset(dataset, args.data_dir)
-        client_of = None
         if dataset == config["dataset"]:
             client_of = torch.full((len(data.train_y),), -1)
             for k, index in enumerate(checkpoint["split"]):
                 client_of[index] = k
     except (ValueError, OSError, IndexError) as error:
         parser.error(str(error))
-    print(f"{args.checkpoint}: {config['method']} on {config['dataset']}, {checkpoint['round']} rounds, seed "
-          f"{config['seed']}; evaluated on {dataset} ({len(data.train_y):,} training, {len(data.test_y):,} test "
-          "images)\n")
+    print(f"{args.checkpoint}: {config['method']}, {checkpoint['round']} rounds on "
+          f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: "
+          f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n")
     scores = evaluate(model.to(device), data, client_of, args.epochs, args.seed)
     print_scores(scores)
-    line = {"dataset": dataset, "round": checkpoint["round"], **scores, "probe": f"Adam lr 3e-3, batch 512, "
-            f"{args.epochs} epochs, raw h", "seed": args.seed, "device": str(device), "torch": torch.__version__,
+    protocol = f"Adam, lr 3e-3, batch 512, {args.epochs} epochs, raw h, un-augmented"
+    line = {"dataset": dataset, "round": checkpoint["round"], **scores, "probe": protocol,
+            "seed": args.seed, "device": str(device), "torch": torch.__version__,
             "seconds": round(time.time() - start, 1)}
     record = Path(args.checkpoint).parent / "eval.jsonl"
     with record.open("a") as file:

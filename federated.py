@@ -2,13 +2,13 @@
 
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
-The local loss and the rule of averaging are arguments: another method needs no edit here. One worker
-model and one optimiser serve every client in turn, so memory does not grow with their number.
-A client sends weights and its sample count, nothing else.
+The local loss and the rule of averaging are arguments: another method needs no edit here. One
+worker model and one optimiser serve every client in turn, so memory does not grow with their
+number. A client sends its weights and its sample count, nothing else.
 Needs torch; copies into another project as it is. Of use elsewhere:
 
     def loss(model, batch, k, generator): return model(batch).square().mean(), {}
-    for r, report in train_federated(model, optimizer, images, split, loss, rounds=3): ...
+    for r, report in train_federated(model, optimizer, samples, split, loss, rounds=3): ...
 
     python federated.py     # FedAvg on a problem whose answer is known (a second, CPU)
 """
@@ -17,24 +17,25 @@ import hashlib
 import torch
 
 
-def train_federated(model, optimizer, images, split, loss, rounds, start=0, **options):
-    """Run rounds start .. rounds - 1; after each, yield its number and the report of `federated_round`."""
-    for round_number in range(start, rounds):
-        yield round_number, federated_round(model, optimizer, images, split, loss, round_number, **options)
+def train_federated(model, optimizer, samples, split, loss, rounds, start=0, **options):
+    """Rounds start .. rounds - 1: after each yield its number and `federated_round`'s report."""
+    for r in range(start, rounds):
+        yield r, federated_round(model, optimizer, samples, split, loss, r, **options)
 
 
-def federated_round(model, optimizer, images, split, loss, round_number, *, participation=1.0,
-                    local_epochs=5, batch_size=128, seed=0, average=None, progress=None):
-    """One round; the model holds the global weights before and after.
+def federated_round(model, optimizer, samples, split, loss, r, *, participation=1.0, local_epochs=5,
+                    batch_size=128, seed=0, average=None, progress=None):
+    """Round r; the model holds the global weights before and after.
 
-    model, optimizer: the worker that plays every client in turn. images (N, ...): all samples, on the
-    model's device. split: K index arrays, split[k] = client k's samples. loss(model, batch, k, generator)
-    -> scalar to minimise and a dict of 0-dim tensors to report. average(states, weights) -> state
-    dict, default `average_states`. progress(done, of) is called before each client.
+    model, optimizer  the worker that plays every client in turn
+    samples (N, ...)  of all clients, on the model's device; split[k]: the indices of client k's
+    loss              (model, batch, k, generator) -> scalar to minimise, dict of scalars to report
+    average           (states, weights) -> state dict; default `average_states`
+    progress          (clients done, clients in all), called before each client
     Returns {"clients": [k ...], "terms": {name: mean over the clients, weighted by samples}}.
     """
     # 1. Choose: the server draws this round's clients.
-    clients = choose_clients(len(split), participation, keyed_generator(seed, "clients", round_number))
+    clients = choose_clients(len(split), participation, keyed_generator(seed, "clients", r))
     sizes = [len(split[k]) for k in clients]
     # 2. Send: every client starts from the same global weights.
     global_state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -47,8 +48,8 @@ def federated_round(model, optimizer, images, split, loss, round_number, *, part
             model.load_state_dict(global_state)
             reset_optimizer(optimizer)
             # 3. Train locally, on the client's own images alone.
-            generator = keyed_generator(seed, "client", round_number, k)
-            reports.append(train_client(model, optimizer, images, split[k], loss, k, generator,
+            generator = keyed_generator(seed, "client", r, k)
+            reports.append(train_client(model, optimizer, samples, split[k], loss, k, generator,
                                         local_epochs, batch_size))
             # 4. Return the weights.
             yield {name: value.clone() for name, value in model.state_dict().items()}
@@ -60,19 +61,20 @@ def federated_round(model, optimizer, images, split, loss, round_number, *, part
     return {"clients": clients, "terms": terms}
 
 
-def train_client(model, optimizer, images, index, loss, k, generator, epochs, batch_size):
-    """Local training in place; returns the mean of every reported term over the steps, as floats.
+def train_client(model, optimizer, samples, index, loss, k, generator, epochs, batch_size):
+    """Local training in place on samples[index]; returns every term's mean over the steps, floats.
 
-    Batches are full: what is left over at an epoch's end waits for the next shuffle, as usual in
+    Batches are full: what is left at an epoch's end waits for the next shuffle, as usual in
     self-supervised learning, where the loss depends on the batch size. A client with fewer than
     batch_size samples takes one step an epoch on all it has.
     """
     model.train()
     sums, steps = {}, 0
     for _ in range(epochs):
-        order = torch.as_tensor(index)[torch.randperm(len(index), generator=generator)].to(images.device)
+        order = torch.as_tensor(index)[torch.randperm(len(index), generator=generator)]
+        order = order.to(samples.device)
         for start in range(0, max(1, len(order) - batch_size + 1), batch_size):
-            value, terms = loss(model, images[order[start:start + batch_size]], k, generator)
+            value, terms = loss(model, samples[order[start:start + batch_size]], k, generator)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -91,28 +93,29 @@ def choose_clients(num_clients, participation, generator):
 
 
 def average_states(states, weights):
-    """FedAvg, sum_i w_i state_i / sum_i w_i, entry by entry: an iterable of state dicts, as many weights >= 0.
+    """FedAvg, sum_i w_i state_i / sum_i w_i, entry by entry -> state dict.
 
-    BatchNorm statistics are averaged like weights; integer entries (its counters) are
-    rounded back to their dtype. Sums are float64, so equal states average to exactly that state.
-    The iterable is read once, one state at a time. ValueError if there are fewer of one than of the
-    other, or the weights do not add up to something above 0.
+    states: an iterable of state dicts, read once and one at a time; weights: as many numbers >= 0.
+    BatchNorm statistics are averaged like weights; integer entries (its counters) are rounded back
+    to their dtype. Sums are float64: equal float32 states average to exactly that state.
+    ValueError if there are more of one than of the other, or the weights do not add up to > 0.
     """
     weights = [float(weight) for weight in weights]
     if not weights or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise ValueError(f"average_states needs weights >= 0 with a finite sum above 0, got {weights}")
+        raise ValueError(f"average_states needs weights >= 0 with a finite sum > 0, got {weights}")
     total, dtypes = {}, {}
     for state, weight in zip(states, weights, strict=True):
         for name, value in state.items():
             dtypes[name] = value.dtype
-            share = value.double() * (weight / sum(weights))
+            share = value.double() * weight
             total[name] = total[name].add_(share) if name in total else share
-    return {name: (value if dtypes[name].is_floating_point else value.round()).to(dtypes[name])
-            for name, value in total.items()}
+    means = {name: value / sum(weights) for name, value in total.items()}
+    return {name: (mean if dtypes[name].is_floating_point else mean.round()).to(dtypes[name])
+            for name, mean in means.items()}
 
 
 def reset_optimizer(optimizer):
-    """Make the optimiser as new by zeroing its state in place (for SGD bit-equal to a fresh one)."""
+    """Make the optimiser as new: zero its state in place (for SGD bit-equal to a fresh one)."""
     for state in optimizer.state.values():
         for value in state.values():
             if torch.is_tensor(value):
@@ -120,15 +123,15 @@ def reset_optimizer(optimizer):
 
 
 def keyed_generator(*key):
-    """A CPU generator that depends on the key alone, e.g. (seed, "client", round, k): not on any order."""
+    """A CPU generator that depends on its key alone, e.g. (seed, "client", r, k), on no order."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 if __name__ == "__main__":
-    # Client k holds copies of one number; the loss |w - x|^2 / 2 wants their mean. FedAvg must find the mean
-    # of all samples: (6 * 1 + 3 * 4 + 1 * 12) / 10 = 3.
-    samples = torch.tensor([1.0] * 6 + [4.0] * 3 + [12.0]).unsqueeze(1)
+    # Each client holds copies of one number x; its loss (w - x)^2 / 2 wants w = x. FedAvg must find
+    # the mean of all samples, (6 * 1 + 3 * 4 + 12) / 10 = 3; lr 0.5 halves the distance a round.
+    numbers = torch.tensor([1.0] * 6 + [4.0] * 3 + [12.0]).unsqueeze(1)
     owners = [range(6), range(6, 9), range(9, 10)]
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.zero_()
@@ -138,5 +141,5 @@ if __name__ == "__main__":
 
     print("clients hold 6 x 1, 3 x 4, 1 x 12; the mean of all ten is 3")
     sgd = torch.optim.SGD(net.parameters(), lr=0.5)
-    for number, _ in train_federated(net, sgd, samples, owners, distance, rounds=6, local_epochs=1):
+    for number, _ in train_federated(net, sgd, numbers, owners, distance, rounds=6, local_epochs=1):
         print(f"round {number + 1}: w = {net.weight.item():.4f}")

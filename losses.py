@@ -7,7 +7,7 @@
     L_DSR     = E ||z - stopgrad(z * d_k)||^2              each client leans to its own dimensions
     L_distill = E KL( softmax(h) || softmax(u) )           h learns what DSR did to u
 
-h representation, u projector output, z = u / ||u||, d_k client k's scale vector (`scaling_vectors`).
+h representation, u projector output, z = u / ||u||, d_k client k's scale vector, the server's.
 Needs torch; copies into another project as it is. Of use elsewhere:
 
     d = scaling_vectors(num_clients=10, dim=512)
@@ -23,9 +23,10 @@ import torch.nn.functional as F
 
 
 def align_loss(z1, z2):
-    """Alignment, mean ||z1 - z2||^2 (Wang & Isola 2020): unit rows (B, D) twice -> (), in [0, 4]."""
+    """Alignment, mean ||z1 - z2||^2 (Wang & Isola 2020): unit rows (B, D) -> (), in [0, 4]."""
     if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(f"align_loss needs two (B, D) of one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+        raise ValueError("align_loss needs two (B, D) of one shape, "
+                         f"got {tuple(z1.shape)} and {tuple(z2.shape)}")
     return (z1 - z2).square().sum(1).mean()
 
 
@@ -49,10 +50,11 @@ def uniform_loss(z, t=2.0):
 def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
     """The server's vectors d_k, sent once before training: (K, D) float32, row k is client k's.
 
-    d_k is `scale` on client k's own floor(D / K) dimensions and 1 elsewhere (SSD paper). The sets
-    are drawn from `seed` and disjoint while K <= D; with more clients than dimensions each
-    has one dimension, shared, and a warning says so.
-    Differs from the authors' code: there d_k belongs to the client's position in the round.
+    d_k is `scale` on client k's own floor(D / K) dimensions and 1 elsewhere. The sets are drawn
+    from `seed` and disjoint while K <= D; with more clients than dimensions each has one, shared,
+    and a warning says so. ValueError for sizes below 1 or a scale that is not finite and > 0.
+    Differs from the authors' code: there d_k belongs to the client's position in the round, and
+    its axes are random orthonormal ones.
     """
     if num_clients < 1 or dim < 1 or not 0 < scale < math.inf:
         raise ValueError("scaling_vectors needs num_clients >= 1, dim >= 1 and a finite scale > 0, "
@@ -66,15 +68,16 @@ def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
 
 
 def dsr_loss(z, d_k, on_sphere=True):
-    """Dimension-scaled regularisation, mean ||z - stopgrad(target)||^2: unit rows (B, D), (D,) -> ().
+    """Dimension-scaled regularisation, mean ||z - stopgrad(target)||^2: z unit rows (B, D) -> ().
 
-    on_sphere=False: target = z * d_k, the paper's formula as printed. With its gamma 1 and scale 10 the
-    gradient on the scaled dimensions is 18 z and swamps every other term: the features collapse.
-    on_sphere=True, used in training: target = z * d_k / ||z * d_k||, the same direction, loss in [0, 4].
-    The gradient with respect to z is 2 (z - target) / B: nothing flows through the target.
+    on_sphere=False: target = z * d_k, the paper's formula as printed. With its gamma 1 and scale 10
+    the gradient on a client's own dimensions is 18 z and drowns the other terms.
+    on_sphere=True, what training uses: target = z * d_k / ||z * d_k||: same direction, loss <= 4.
+    d_k (D,). The gradient for z is 2 (z - target) / B: nothing flows through the target.
     """
     if z.ndim != 2 or d_k.shape != z.shape[1:]:
-        raise ValueError(f"dsr_loss needs z (B, D) and d_k (D,), got {tuple(z.shape)} and {tuple(d_k.shape)}")
+        raise ValueError("dsr_loss needs z (B, D) and d_k (D,), "
+                         f"got {tuple(z.shape)} and {tuple(d_k.shape)}")
     target = z.detach() * d_k
     if on_sphere:
         target = F.normalize(target, dim=1)
@@ -88,31 +91,32 @@ def distill_loss(h, u, temperature=1.0):
     temperature (T = 1). Differs from the authors' code: KL(softmax(u/T) || softmax(h/T)), T = 0.5.
     """
     if h.shape != u.shape or h.ndim != 2:
-        raise ValueError(f"distill_loss needs h and u of one shape (B, D), got {tuple(h.shape)} and {tuple(u.shape)}")
+        raise ValueError("distill_loss needs h and u of one shape (B, D), "
+                         f"got {tuple(h.shape)} and {tuple(u.shape)}")
     if not temperature > 0:
         raise ValueError(f"distill_loss needs a temperature > 0, got {temperature}")
-    log_p, log_q = F.log_softmax(h / temperature, dim=1), F.log_softmax(u / temperature, dim=1)
+    log_p, log_q = (F.log_softmax(v / temperature, dim=1) for v in (h, u))
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def hard_separation(u, d_k):
-    """Hard separation (HSD, the paper's ablation): unit rows that live on client k's own dimensions.
+    """Hard separation (HSD, the paper's ablation): unit rows on client k's own dimensions alone.
 
-    u (B, D) raw output, d_k (D,); the dimensions where d_k = 1 are zeroed, then rows are normalised.
+    u (B, D) raw output, d_k (D,): dimensions with d_k = 1 are zeroed, then rows are normalised.
     """
     own = d_k != 1
     if u.ndim != 2 or d_k.shape != u.shape[1:] or not own.any():
-        raise ValueError("hard_separation needs u (B, D) and d_k (D,) with own dimensions (d_k != 1), "
-                         f"got {tuple(u.shape)} and {tuple(d_k.shape)} with {int(own.sum())}")
+        raise ValueError("hard_separation needs u (B, D) and d_k (D,) with d_k != 1 somewhere, "
+                         f"got {tuple(u.shape)} and {tuple(d_k.shape)}, {int(own.sum())} such")
     return F.normalize(u * own, dim=1)
 
 
 def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
     """SSD's local objective on two views: the total () and a dict of its terms by name, detached.
 
-    h1, h2 (B, D) representations and u1, u2 (B, D) raw projector outputs; d_k (D,). uniform, dsr and distill
-    are means over the views. hard=True replaces z by `hard_separation`. A term of weight 0 is still
-    reported. FedAlignUniform is gamma = delta = 0.
+    h1, h2 (B, D) representations, u1, u2 (B, D) raw projector outputs, d_k (D,). uniform, dsr and
+    distill are means over the views; a term of weight 0 is still reported. FedAlignUniform is
+    gamma = delta = 0; hard=True replaces z by `hard_separation`.
     """
     h1, u1, h2, u2 = (v if v.dtype == torch.float64 else v.float() for v in (h1, u1, h2, u2))
     z1, z2 = (hard_separation(u, d_k) if hard else F.normalize(u, dim=1) for u in (u1, u2))
@@ -122,7 +126,8 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
         "dsr": (dsr_loss(z1, d_k) + dsr_loss(z2, d_k)) / 2,
         "distill": (distill_loss(h1, u1) + distill_loss(h2, u2)) / 2,
     }
-    total = terms["align"] + beta * terms["uniform"] + gamma * terms["dsr"] + delta * terms["distill"]
+    total = (terms["align"] + beta * terms["uniform"]
+             + gamma * terms["dsr"] + delta * terms["distill"])
     return total, {name: term.detach() for name, term in terms.items()}
 
 
@@ -130,13 +135,13 @@ def main():
     """The paper's toy picture in figures: DSR moves two clients' points on the sphere apart."""
     torch.manual_seed(0)
     d = scaling_vectors(num_clients=2, dim=3)
-    both = [F.normalize(torch.tensor([1.0, 1, 1]) + 0.5 * torch.randn(200, 3), dim=1) for _ in d]
+    both = [F.normalize(1 + 0.5 * torch.randn(200, 3), dim=1) for _ in d]
 
     def report(step):
         kernel = (-2 * torch.cdist(*both).square()).exp().mean()
         means = "   ".join(f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
                            for k, z in enumerate(both))
-        print(f"{step:4d} steps: inter-client -L_uniform {-kernel.log():.3f}   {means}")
+        print(f"{step} steps: inter-client -L_uniform {-kernel.log():.3f}   {means}")
 
     print("Two clients, 200 points each on the unit sphere in 3-D, moved by DSR alone (step 0.1)")
     print("\n".join(f"d_{k} = {row.tolist()}" for k, row in enumerate(d)))

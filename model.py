@@ -21,9 +21,9 @@ from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 class SSDNet(nn.Module):
     """Encoder and projector; forward(x) -> (h, u).
 
-    width: channels of the first stage (64 = ResNet-18); h has 8 x width dimensions. embed_dim: of u,
-    by default that of h, which projector distillation needs. projector=False: u is h itself (the
-    paper's ablation without projector). Raises ValueError for a width or embed_dim below 1.
+    width: channels of the first stage (64: ResNet-18); h has 8 x width dimensions. embed_dim: of u,
+    by default that of h, as projector distillation needs. projector=False: u is h itself, the
+    paper's ablation. ValueError for a width or embed_dim below 1.
     """
 
     def __init__(self, width=64, embed_dim=None, projector=True):
@@ -54,7 +54,8 @@ def resnet18(width=64):
     def stage(inputs, outputs, stride):
         shortcut = None if stride == 1 else nn.Sequential(
             conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
-        return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs))
+        first = BasicBlock(inputs, outputs, stride, shortcut)
+        return nn.Sequential(first, BasicBlock(outputs, outputs))
 
     net = nn.Sequential(
         conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
@@ -68,7 +69,7 @@ def resnet18(width=64):
 
 
 def bf16_is_fast(device):
-    """Whether bfloat16 autocast pays on this device: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    """Whether bfloat16 autocast pays: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -83,5 +84,5 @@ if __name__ == "__main__":
         h, u = net(torch.rand(2, 3, 32, 32))
         encoder, projector = (sum(p.numel() for p in part.parameters())
                               for part in (net.encoder, net.projector))
-        print(f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}; parameters: "
-              f"encoder {encoder / 1e6:.2f} M, projector {projector / 1e6:.2f} M")
+        print(f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}; "
+              f"parameters: encoder {encoder / 1e6:.2f} M, projector {projector / 1e6:.2f} M")

@@ -62,43 +62,48 @@ def number(kind, low=None, high=math.inf, above=None):
 
 def build_parser():
     """Every flag, in four groups; the defaults are the paper's run."""
-    parser = OneLineParser(description=__doc__.splitlines()[0],
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("federated").add_argument
     add("--dataset", default="cifar10",
-        help=f"{', '.join(DATASETS)}, or a folder with train/<class>/ and test/<class>/ or val/")
-    add("--data-dir", default="data", help="where downloaded data sets are kept")
-    add("--limit", type=number(int, 1), help="train on a fixed random subset of N images")
+        help=f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ "
+        "or val/<class>/ (%(default)s)")
+    add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
+    add("--limit", type=number(int, 1), help="train on a fixed random subset of N images (all)")
     add("--clients", type=number(int, 1), help="K, number of clients (10, or the split file's)")
     add("--alpha", type=number(float, above=0), default=0.1,
-        help="of the Dirichlet split of every class over the clients; small = skewed")
+        help="of the Dirichlet split of each class over the clients; small = skewed (%(default)s)")
     add("--split-file", help="use this split instead: JSON, client -> indices, as split.json")
     add("--participation", type=number(float, above=0, high=1), default=1.0,
-        help="share of the clients that take part in a round")
-    add("--rounds", type=number(int, 1), default=100, help="communication rounds")
-    add("--local-epochs", type=number(int, 1), default=5, help="epochs on a client in a round")
+        help="share of the clients that take part in a round (%(default)s)")
+    add("--rounds", type=number(int, 1), default=100, help="communication rounds (%(default)s)")
+    add("--local-epochs", type=number(int, 1), default=5,
+        help="epochs on a client in a round (%(default)s)")
     add = parser.add_argument_group(
         "loss: align + beta uniform + gamma DSR + delta distill").add_argument
     add("--method", choices=METHODS, default="ssd",
-        help="row of the paper's ablation: sets gamma (1 or 0) and delta (0.1 or 0)")
-    add("--beta", type=number(float, 0), default=1.0, help="weight of uniformity")
+        help="row of the paper's ablation, sets gamma and delta (%(default)s: 1 and 0.1)")
+    add("--beta", type=number(float, 0), default=1.0, help="weight of uniformity (%(default)s)")
     add("--gamma", type=number(float, 0), help="weight of DSR, instead of the method's")
     add("--delta", type=number(float, 0), help="weight of distillation, instead of the method's")
     add("--scale", type=number(float, above=0), default=10.0,
-        help="a, the scale of a client's own dimensions in d_k")
+        help="a, the scale of a client's own dimensions in d_k (%(default)s)")
     add("--projector", action=argparse.BooleanOptionalAction, default=True,
-        help="without it z is the normalised representation")
+        help="the projector; without it z is the normalised h (with)")
     add = parser.add_argument_group("optimiser: SGD, fresh on every client").add_argument
-    add("--lr", type=number(float, above=0), default=0.1, help="constant; 0.2 x batch / 256")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
-    add("--weight-decay", type=number(float, 0), default=1e-4, help="on all parameters")
-    add("--batch-size", type=number(int, 2), default=128, help="images, each in two views")
+    add("--lr", type=number(float, above=0), default=0.1,
+        help="learning rate, constant; the paper's 0.2 x batch / 256 (%(default)s)")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD (%(default)s)")
+    add("--weight-decay", type=number(float, 0), default=1e-4, help="on all (%(default)s)")
+    add("--batch-size", type=number(int, 2), default=128,
+        help="images, each in two views (%(default)s)")
     add = parser.add_argument_group("system").add_argument
-    add("--width", type=number(int, 1), default=64, help="first stage's channels; 64: ResNet-18")
-    add("--seed", type=number(int, 0), default=0, help="of split, weights, d_k, batches, views")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (None: where it is fast)")
-    add("--out", help="run folder (None: a new one under runs/)")
+    add("--width", type=number(int, 1), default=64,
+        help="channels of the first stage, 64 is ResNet-18 (%(default)s)")
+    add("--seed", type=number(int, 0), default=0,
+        help="of split, initial weights, d_k, batches and views (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (where it is fast)")
+    add("--out", help="run folder (a new one under runs/)")
     add("--resume", metavar="LAST_PT", help="go on with a checkpoint and its flags; "
         "--rounds may be raised")
     return parser
@@ -117,11 +122,12 @@ def read_config(parser, argv):
     config = {**defaults, **checkpoint["config"], "out": folder, "device": "auto"}
     for flag in given.keys() - MAY_CHANGE:
         if given[flag] != config[flag]:
-            raise ValueError(f"--{flag.replace('_', '-')} {given[flag]} contradicts the checkpoint, "
-                             f"which has {config[flag]}: leave it out, or start without --resume")
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} {given[flag]} contradicts the checkpoint, which has "
+                             f"{config[flag]}: leave it out, or start without --resume")
     config |= given
     if config["rounds"] < checkpoint["round"]:
-        raise ValueError(f"--rounds {config['rounds']} is below the {checkpoint['round']} already done")
+        raise ValueError(f"--rounds {config['rounds']}: {checkpoint['round']} are done already")
     return config, checkpoint, model
 
 
@@ -134,18 +140,20 @@ def make_split(config, labels):
     if limit:
         if limit > len(labels):
             raise ValueError(f"--limit {limit}: there are only {len(labels)} training images")
-        pool = np.sort(torch.randperm(len(labels), generator=keyed_generator("limit")).numpy()[:limit])
+        pool = torch.randperm(len(labels), generator=keyed_generator("limit"))[:limit]
+        pool = pool.sort().values.numpy()
     if config["split_file"]:
         split = read_split(config["split_file"], pool)
         if config["clients"] not in (None, len(split)):
-            raise ValueError(f"--clients {config['clients']}: the split file has {len(split)} clients")
+            raise ValueError(f"--clients {config['clients']}: the split file has {len(split)}")
         return split
-    split = dirichlet_split(labels.numpy()[pool], config["clients"] or 10, config["alpha"], config["seed"])
-    return [pool[part] for part in split]
+    parts = dirichlet_split(labels.numpy()[pool], config["clients"] or 10, config["alpha"],
+                            config["seed"])
+    return [pool[part] for part in parts]
 
 
 def read_split(path, pool):
-    """JSON list or object of index lists -> arrays; ValueError unless they are a partition of pool."""
+    """JSON list or object of index lists -> arrays; ValueError if they are no partition of pool."""
     try:
         parts = json.loads(Path(path).read_text())
         parts = list(parts.values()) if isinstance(parts, dict) else parts
@@ -157,17 +165,19 @@ def read_split(path, pool):
     if not parts or min(map(len, parts)) < 2:
         raise ValueError(f"split file {path}: every client needs at least 2 images")
     index, count = np.unique(np.concatenate(parts), return_counts=True)
-    for which, what in ((index[count > 1], "names twice"), (np.setdiff1d(pool, index), "leaves out"),
-                        (np.setdiff1d(index, pool), "names, though it is not trained on,")):
+    for which, what in ((index[count > 1], "names twice"),
+                        (np.setdiff1d(index, pool), "names, though it is not trained on,"),
+                        (np.setdiff1d(pool, index), "leaves out")):
         if len(which):
-            raise ValueError(f"split file {path} {what} image {which[0]} ({len(which)} such): it must "
-                             f"be a partition of the {len(pool)} training images")
+            raise ValueError(f"split file {path} {what} image {which[0]} ({len(which)} such): it "
+                             f"must be a partition of the {len(pool)} training images")
     return parts
 
 
 def make_loss(config, num_clients, device):
     """The local objective for federated.py: two views -> the network -> SSD's loss with d_k."""
-    d = scaling_vectors(num_clients, 8 * config["width"], config["scale"], config["seed"]).to(device)
+    d = scaling_vectors(num_clients, 8 * config["width"], config["scale"], config["seed"])
+    d = d.to(device)
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
 
     def loss(model, images, k, generator):
@@ -200,21 +210,22 @@ def make_monitor(config, data, pool):
 def open_run(config, split, device):
     """Make a new run folder with config.json, split.json and an empty metrics.jsonl."""
     if config["out"] is None:
-        name = f"{Path(config['dataset']).name}-{config['method']}-k{len(split)}-seed{config['seed']}"
-        names = [f"runs/{name}"] + [f"runs/{name}-{i}" for i in range(2, 1000)]
+        name = Path(config["dataset"]).name
+        name = f"runs/{name}-{config['method']}-k{len(split)}-seed{config['seed']}"
+        names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
         config["out"] = next(out for out in names if not Path(out).exists())
     folder = Path(config["out"])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: choose another --out, or --resume {folder}/last.pt")
+        raise ValueError(f"{folder} is not empty: choose another --out, or --resume its last.pt")
     folder.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    record = {**config, "versions": {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "numpy": np.__version__},
-        "device_name": f"{device} {name}", "threads": torch.get_num_threads()}
+    versions = {"python": platform.python_version(), "numpy": np.__version__,
+                "torch": torch.__version__, "torchvision": torchvision.__version__}
+    record = {**config, "versions": versions, "device_name": f"{device} {name}",
+              "threads": torch.get_num_threads()}
     clients = {k: part.tolist() for k, part in enumerate(split)}
-    write_whole(folder / "config.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
-    write_whole(folder / "split.json", lambda file: file.write(json.dumps(clients).encode()))
+    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "split.json").write_text(json.dumps(clients) + "\n")
     (folder / "metrics.jsonl").touch()
     return folder
 
@@ -266,7 +277,8 @@ def run(config, checkpoint, model, monitor, loss, data, split, device, folder):
                 "seconds": round(seconds, 2), **terms, **scores}
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        state = {"round": r + 1, "config": config, "split": [torch.from_numpy(part) for part in split],
+        state = {"round": r + 1, "config": config,
+                 "split": [torch.from_numpy(part) for part in split],
                  "model": {name: value.cpu() for name, value in model.state_dict().items()}}
         write_whole(folder / "last.pt", lambda file: torch.save(state, file))
         minutes = (time.time() - begun) / (r + 1 - first) * (config["rounds"] - r - 1) / 60
@@ -285,12 +297,12 @@ def main(argv=None):
         if config["amp"] is None:
             config["amp"] = bf16_is_fast(device)
         if config["method"] == "hsd" and config["scale"] == 1:
-            raise ValueError("--method hsd needs a --scale other than 1, which marks own dimensions")
+            raise ValueError("--method hsd needs --scale other than 1: it marks own dimensions")
         data = load_dataset(config["dataset"], config["data_dir"])
         if checkpoint:
             split = [part.numpy() for part in checkpoint["split"]]
             if max(part.max() for part in split) >= len(data.train_y):
-                raise ValueError(f"{config['dataset']} has fewer images than the checkpoint's split")
+                raise ValueError(f"{config['dataset']} has fewer images than the run's split")
             folder = reopen_run(config, checkpoint["round"])
         else:
             split = make_split(config, data.train_y)
@@ -303,15 +315,19 @@ def main(argv=None):
     monitor = make_monitor(config, data, np.concatenate(split))
     knn_before = monitor(untrained)["knn"]
     sizes = [len(part) for part in split]
-    print(f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} clients with "
-          f"{min(sizes):,} to {max(sizes):,}, {device}, {'bfloat16' if config['amp'] else 'float32'}")
+    precision = "bfloat16" if config["amp"] else "float32"
+    print(f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} clients "
+          f"with {min(sizes):,} to {max(sizes):,}, {device}, {precision}")
     model = model.to(device) if checkpoint else untrained
     loss = make_loss(config, len(split), device)
     run(config, checkpoint, model, monitor, loss, data, split, device, folder)
-    print(f"\nkNN of the encoder {monitor(model)['knn']:.1f} %, of the untrained encoder {knn_before:.1f} % "
-          f"({MONITOR_TEST:,} test images)\nin {folder}: last.pt, metrics.jsonl, config.json, split.json\n"
-          f"next: python eval.py {folder}/last.pt        linear probe, kNN, uniformity, effective rank\n"
-          f"      python train.py --resume {folder}/last.pt --rounds {2 * config['rounds']}")
+    print(f"""
+kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {knn_before:.1f} % \
+({min(MONITOR_TEST, len(data.test_y)):,} test images)
+run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
+next: python eval.py {folder}/last.pt
+      (linear probe, kNN on all images, uniformity, effective rank)
+      python train.py --resume {folder}/last.pt --rounds {2 * config['rounds']}""")
 
 
 if __name__ == "__main__":

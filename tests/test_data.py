@@ -48,7 +48,7 @@ def test_every_image_of_a_class_may_go_to_any_client():
 
 @pytest.mark.parametrize("arguments, words", [
     ((np.arange(100) % 10, 20, 0.1), "fewer clients"),  # 20 x 10 samples > 100
-    ((np.arange(200) % 10, 15, 0.01), r"alpha 0.01 over 15 clients.*smallest had \d+.*raise alpha"),
+    ((np.arange(200) % 10, 15, 0.01), r"alpha 0.01 over 15 clients.*smallest had \d+ samples.*raise alpha"),
     ((np.arange(100) % 10, 0, 0.1), "num_clients"),
     ((np.arange(100) % 10, 2, 0.0), "alpha"),
     ((np.arange(100) % 10, 2, math.nan), "alpha"),

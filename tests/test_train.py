@@ -1,10 +1,10 @@
 """train.py: the run folder, exact resume, the ablation's rows, and one line for every mistake."""
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -198,6 +198,7 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
     (["--width", "0"], "--width"),
     (["--seed", "-1"], "--seed"),
     (["--device", "tpu"], "'tpu'.*--device cpu"),
+    (["--device", "meta"], "'meta'.*--device cpu"),
     (["--device", "cuda:99"], "'cuda:99'.*--device cpu"),
     (["--dataset", "cifar11"], "cifar11.*cifar10"),
     (["--dataset", "empty"], "empty.*train/<class>"),
@@ -219,13 +220,11 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
     (["--out", "not.json/run"], "not.json"),
 ])
 def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys):
-    files = {"not.json": "{", "number.json": "3", "words.json": '[["a"]]', "twice.json": [[5], *PARTITION],
+    files = {"not.json": "{", "number.json": "3", "words.json": '[["a"]]', "twice.json": [[5, 5], *PARTITION],
              "outside.json": [*PARTITION, [120, 121]], "short.json": [PARTITION[0], PARTITION[1][:-1]],
              "lonely.json": [[0], list(range(1, 120))], "good.json": PARTITION, "garbage.pt": "garbage", "full/file": "x"}
     (tmp_path / "full").mkdir(), (tmp_path / "empty").mkdir()
     for name, content in files.items():
-        if name == "twice.json":
-            content = [[5, 5, *PARTITION[0]], PARTITION[1]]
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     torch.save({"round": 1, "config": {"width": 4, "projector": True}, "split": [torch.arange(9)],
                 "model": SSDNet(2).state_dict()}, "shape.pt")
@@ -235,7 +234,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys
     err = capsys.readouterr().err
     assert stop.value.code == 2
     assert len(err.strip().splitlines()) == 1, err
-    assert pytest.importorskip("re").search(words, err), err
+    assert re.search(words, err), err
     assert sorted(tmp_path.rglob("*")) == before
 
 
