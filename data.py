@@ -207,9 +207,8 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
         if sizes.min() >= min_size:
             parts = [np.split(rng.permutation(index), cut) for cut, index in zip(cuts, by_class)]
             return [np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts)]
-    raise ValueError(f"alpha {alpha} over {num_clients} clients: the smallest had {best} samples "
-                     f"in the best of {max_redraws} draws, not {min_size}: raise alpha or take fewer "
-                     "clients")
+    raise ValueError(f"alpha {alpha} gave the smallest of {num_clients} clients at most {best} "
+                     f"samples in {max_redraws} draws, it needs {min_size}: raise alpha or lower K")
 
 
 # ---------------------------------------------------------------------------- views
@@ -297,8 +296,8 @@ def augment(images, params):
 def _resize_matrix(start, length, size):
     """Bilinear weights (n, size, size) that stretch pixels start .. start + length over `size`."""
     pixel = torch.arange(size, device=start.device)
-    source = ((pixel + 0.5) * length / size - 0.5).clamp(min=0).minimum(length - 1) + start
-    return (1 - (source[:, :, None] - pixel).abs()).clamp_(min=0)
+    source = ((pixel + 0.5) * (length / size) - 0.5).clamp(min=0).minimum(length - 1)
+    return (1 - (source[:, :, None] - (pixel - start)[:, None]).abs()).clamp_(min=0)
 
 
 def _turn_hue(x, turn):

@@ -1,7 +1,8 @@
-"""The losses explained a second time: values by hand, a slow oracle in float64, where gradients flow.
+"""The losses explained a second time: values by hand, a slow oracle, where gradients flow.
 
-    python -m pytest test_losses.py
+python -m pytest test_losses.py
 """
+
 import math
 import re
 
@@ -11,8 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (align_loss, distill_loss, dsr_loss, hard_separation, scaling_vectors, ssd_loss,
-                    uniform_loss)
+from losses import (
+    align_loss,
+    distill_loss,
+    dsr_loss,
+    hard_separation,
+    scaling_vectors,
+    ssd_loss,
+    uniform_loss,
+)
 
 EAST, NORTH, WEST = torch.tensor([1.0, 0]), torch.tensor([0, 1.0]), torch.tensor([-1.0, 0])
 
@@ -24,10 +32,12 @@ def unit_rows(n=6, d=8, seed=0):
 
 
 def rotation(d=8):
-    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(9)).double())[0]
+    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(9)).double())[
+        0
+    ]
 
 
-# ------------------------------------------------------------------ values that a reader can work out
+# ---------------------------------------------------------------- values that one can work out
 
 
 def test_alignment_by_hand():
@@ -39,25 +49,34 @@ def test_alignment_by_hand():
 
 def test_uniformity_by_hand():
     assert uniform_loss(torch.stack([EAST, EAST])) == 0  # collapse: the worst value
-    assert uniform_loss(torch.stack([EAST, NORTH])) == pytest.approx(-4)  # one pair, distance^2 = 2, t = 2
-    assert uniform_loss(torch.stack([EAST, WEST])) == pytest.approx(-8)  # -4t, two points at their farthest
+    assert uniform_loss(torch.stack([EAST, NORTH])) == pytest.approx(
+        -4
+    )  # one pair, distance^2 = 2, t = 2
+    assert uniform_loss(torch.stack([EAST, WEST])) == pytest.approx(
+        -8
+    )  # -4t, two points at their farthest
     three = torch.stack([EAST, NORTH, WEST])  # pairs: 2, 2 and 4 apart (squared)
     assert uniform_loss(three) == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
-    assert uniform_loss(three, t=1.0) == pytest.approx(math.log((2 * math.exp(-2) + math.exp(-4)) / 3))
+    assert uniform_loss(three, t=1.0) == pytest.approx(
+        math.log((2 * math.exp(-2) + math.exp(-4)) / 3)
+    )
 
 
 def test_dsr_by_hand():
     z = torch.tensor([[0.6, 0.8]])
     d_k = torch.tensor([10.0, 1.0])  # the first dimension is the client's own
     # as printed: target (6, 0.8), difference (-5.4, 0)
-    assert dsr_loss(z, d_k, on_sphere=False) == pytest.approx(5.4 ** 2)
+    assert dsr_loss(z, d_k, on_sphere=False) == pytest.approx(5.4**2)
     # on the sphere: target (6, 0.8) / sqrt(36.64)
     target = np.array([6, 0.8]) / math.sqrt(36.64)
     assert dsr_loss(z, d_k) == pytest.approx(((np.array([0.6, 0.8]) - target) ** 2).sum(), rel=1e-5)
 
 
 def test_distillation_by_hand():
-    h, u = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])  # p = (3/4, 1/4), q = (1/2, 1/2)
+    h, u = (
+        torch.tensor([[math.log(3.0), 0.0]]),
+        torch.tensor([[0.0, 0.0]]),
+    )  # p = (3/4, 1/4), q = (1/2, 1/2)
     forward = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     backward = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert distill_loss(h, u) == pytest.approx(forward)  # KL( softmax(h) || softmax(u) )
@@ -76,7 +95,9 @@ def test_scaling_vectors_are_disjoint_and_complete():
     own = d == 7
     assert own.sum(1).tolist() == [3, 3, 3]  # floor(10 / 3) dimensions each
     assert own.sum(0).max() == 1  # no dimension has two owners
-    assert torch.equal(d, scaling_vectors(3, 10, 7.0)) and not torch.equal(d, scaling_vectors(3, 10, 7.0, seed=1))
+    assert torch.equal(d, scaling_vectors(3, 10, 7.0)) and not torch.equal(
+        d, scaling_vectors(3, 10, 7.0, seed=1)
+    )
     assert scaling_vectors(1, 4).eq(10).all()  # a single client owns all
 
 
@@ -87,7 +108,7 @@ def test_more_clients_than_dimensions_share_with_a_warning():
     assert sorted((d == 10).sum(0).tolist()) == [2, 3]
 
 
-# ------------------------------------------------------------------ a slow oracle, gradients included
+# ---------------------------------------------------------------- a slow oracle, gradients too
 
 
 def numpy_losses(z1, z2, h1, u1, d_k, t):
@@ -98,9 +119,13 @@ def numpy_losses(z1, z2, h1, u1, d_k, t):
     literal = [sum((z1[i] - z1[i] * d_k) ** 2) for i in range(n)]
     sphere = [sum((z1[i] - z1[i] * d_k / np.linalg.norm(z1[i] * d_k)) ** 2) for i in range(n)]
     p, q = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (h1, u1))
-    return {"align": np.mean([sum((z1[i] - z2[i]) ** 2) for i in range(n)]),
-            "uniform": math.log(np.mean(pairs)), "literal": np.mean(literal), "sphere": np.mean(sphere),
-            "distill": np.mean([sum(p[i] * np.log(p[i] / q[i])) for i in range(n)])}
+    return {
+        "align": np.mean([sum((z1[i] - z2[i]) ** 2) for i in range(n)]),
+        "uniform": math.log(np.mean(pairs)),
+        "literal": np.mean(literal),
+        "sphere": np.mean(sphere),
+        "distill": np.mean([sum(p[i] * np.log(p[i] / q[i])) for i in range(n)]),
+    }
 
 
 @pytest.mark.parametrize("t", [0.5, 2.0])
@@ -110,9 +135,13 @@ def test_every_loss_equals_the_slow_oracle(n, d, t):
     h, u = 5 * unit_rows(n, d, seed=3), 5 * unit_rows(n, d, seed=4)
     d_k = scaling_vectors(2, d)[0].double()
     expected = numpy_losses(*(v.detach().numpy() for v in (z1, z2, h, u, d_k)), t)
-    computed = {"align": align_loss(z1, z2), "uniform": uniform_loss(z1, t),
-                "literal": dsr_loss(z1, d_k, on_sphere=False), "sphere": dsr_loss(z1, d_k),
-                "distill": distill_loss(h, u)}
+    computed = {
+        "align": align_loss(z1, z2),
+        "uniform": uniform_loss(z1, t),
+        "literal": dsr_loss(z1, d_k, on_sphere=False),
+        "sphere": dsr_loss(z1, d_k),
+        "distill": distill_loss(h, u),
+    }
     for name, value in computed.items():
         assert value.item() == pytest.approx(expected[name], rel=1e-10), name
 
@@ -131,7 +160,9 @@ def test_dsr_gradient_is_exactly_two_times_the_difference(on_sphere):
     dsr_loss(z, d_k, on_sphere).backward()
     target = z.detach() * d_k
     target = F.normalize(target, dim=1) if on_sphere else target
-    assert torch.allclose(z.grad, 2 * (z.detach() - target) / len(z), rtol=1e-12)  # through z, not the target
+    assert torch.allclose(
+        z.grad, 2 * (z.detach() - target) / len(z), rtol=1e-12
+    )  # through z, not the target
 
 
 def test_literal_dsr_pushes_eighteen_times_z_on_the_scaled_dimensions():
@@ -184,7 +215,9 @@ def test_distillation_is_zero_only_for_equal_softmaxes():
 
 
 def test_uniformity_stays_exact_in_float32_under_autocast():
-    z = F.normalize(torch.ones(64, 128) + 0.05 * torch.randn(64, 128), dim=1)  # near collapse: bf16 is off by 6e-3
+    z = F.normalize(
+        torch.ones(64, 128) + 0.05 * torch.randn(64, 128), dim=1
+    )  # near collapse: bf16 is off by 6e-3
     with torch.autocast("cpu", torch.bfloat16):
         value = uniform_loss(z)
     assert value.dtype == torch.float32
@@ -204,19 +237,26 @@ def test_ssd_loss_is_the_weighted_sum_of_its_terms():
     d_k = scaling_vectors(2, 8)[0].double()
     total, terms = ssd_loss(*views, d_k, beta=2.0, gamma=3.0, delta=5.0)
     z1, z2 = F.normalize(u1, dim=1), F.normalize(u2, dim=1)
-    expected = {"align": align_loss(z1, z2), "uniform": (uniform_loss(z1) + uniform_loss(z2)) / 2,
-                "dsr": (dsr_loss(z1, d_k) + dsr_loss(z2, d_k)) / 2,
-                "distill": (distill_loss(h1, u1) + distill_loss(h2, u2)) / 2}
+    expected = {
+        "align": align_loss(z1, z2),
+        "uniform": (uniform_loss(z1) + uniform_loss(z2)) / 2,
+        "dsr": (dsr_loss(z1, d_k) + dsr_loss(z2, d_k)) / 2,
+        "distill": (distill_loss(h1, u1) + distill_loss(h2, u2)) / 2,
+    }
     for name, value in expected.items():
         assert torch.allclose(terms[name], value) and not terms[name].requires_grad
-    assert torch.allclose(total, expected["align"] + 2 * expected["uniform"] + 3 * expected["dsr"]
-                          + 5 * expected["distill"])
+    assert torch.allclose(
+        total,
+        expected["align"] + 2 * expected["uniform"] + 3 * expected["dsr"] + 5 * expected["distill"],
+    )
 
 
 def test_the_papers_weights_are_the_defaults():
     views, d_k = make_views(), scaling_vectors(2, 8)[0].double()
     total, terms = ssd_loss(*views, d_k)
-    assert torch.allclose(total, terms["align"] + terms["uniform"] + terms["dsr"] + 0.1 * terms["distill"])
+    assert torch.allclose(
+        total, terms["align"] + terms["uniform"] + terms["dsr"] + 0.1 * terms["distill"]
+    )
 
 
 def test_the_views_may_change_places():
@@ -246,7 +286,9 @@ def test_two_clients_that_follow_dsr_alone_part():
     for _ in range(5):
         for k in range(2):
             point = z[k].requires_grad_()
-            z[k] = F.normalize(point - torch.autograd.grad(dsr_loss(point, d[k]) * 0.6, point)[0], dim=1).detach()
+            z[k] = F.normalize(
+                point - torch.autograd.grad(dsr_loss(point, d[k]) * 0.6, point)[0], dim=1
+            ).detach()
         inter.append((-2 * torch.cdist(*z).square()).exp().mean())
     assert all(later < earlier for earlier, later in zip(inter, inter[1:]))
 
@@ -263,24 +305,27 @@ def test_the_demonstration_shows_inter_client_uniformity_rising(capsys):
 ROWS = torch.eye(4)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: align_loss(ROWS, ROWS[:1]),  # would broadcast
-    lambda: align_loss(ROWS[0], ROWS[0]),
-    lambda: uniform_loss(ROWS[:1]),  # a batch of one has no pair
-    lambda: uniform_loss(ROWS[0]),
-    lambda: scaling_vectors(0, 4),
-    lambda: scaling_vectors(2, 0),
-    lambda: scaling_vectors(2, 4, scale=0.0),
-    lambda: scaling_vectors(2, 4, scale=math.inf),
-    lambda: dsr_loss(ROWS, torch.ones(3)),  # d_k of the wrong length
-    lambda: dsr_loss(ROWS, torch.ones(1)),  # would broadcast
-    lambda: dsr_loss(ROWS, torch.ones(4, 4)),
-    lambda: distill_loss(ROWS, ROWS[:, :1]),
-    lambda: distill_loss(ROWS, ROWS, temperature=0.0),
-    lambda: hard_separation(ROWS, torch.ones(4)),  # no own dimension
-    lambda: hard_separation(ROWS, torch.tensor([10.0, 1.0])),
-    lambda: ssd_loss(ROWS, ROWS, ROWS, ROWS[:2], torch.ones(4)),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: align_loss(ROWS, ROWS[:1]),  # would broadcast
+        lambda: align_loss(ROWS[0], ROWS[0]),
+        lambda: uniform_loss(ROWS[:1]),  # a batch of one has no pair
+        lambda: uniform_loss(ROWS[0]),
+        lambda: scaling_vectors(0, 4),
+        lambda: scaling_vectors(2, 0),
+        lambda: scaling_vectors(2, 4, scale=0.0),
+        lambda: scaling_vectors(2, 4, scale=math.inf),
+        lambda: dsr_loss(ROWS, torch.ones(3)),  # d_k of the wrong length
+        lambda: dsr_loss(ROWS, torch.ones(1)),  # would broadcast
+        lambda: dsr_loss(ROWS, torch.ones(4, 4)),
+        lambda: distill_loss(ROWS, ROWS[:, :1]),
+        lambda: distill_loss(ROWS, ROWS, temperature=0.0),
+        lambda: hard_separation(ROWS, torch.ones(4)),  # no own dimension
+        lambda: hard_separation(ROWS, torch.tensor([10.0, 1.0])),
+        lambda: ssd_loss(ROWS, ROWS, ROWS, ROWS[:2], torch.ones(4)),
+    ],
+)
 def test_what_is_undefined_is_a_value_error(call):
     with pytest.raises(ValueError, match="needs"):
         call()

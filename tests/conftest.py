@@ -1,4 +1,5 @@
 """Tests import the core files from the project's root, one folder up, and may run from anywhere."""
+
 import sys
 from pathlib import Path
 

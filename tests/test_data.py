@@ -1,4 +1,5 @@
 """data.py: the split is a partition, the views equal torchvision's, folders of any images load."""
+
 import math
 
 import numpy as np
@@ -13,7 +14,9 @@ from data import augment, dirichlet_split, draw_params, draw_shapes, load_datase
 # ------------------------------------------------------------------ split
 
 
-@pytest.mark.parametrize("clients, alpha, n", [(10, 0.1, 5000), (50, 0.1, 50000), (3, 100.0, 100), (1, 0.1, 10)])
+@pytest.mark.parametrize(
+    "clients, alpha, n", [(10, 0.1, 5000), (50, 0.1, 50000), (3, 100.0, 100), (1, 0.1, 10)]
+)
 def test_split_is_a_partition_with_a_smallest_size(clients, alpha, n):
     labels = torch.arange(n) % 10
     split = dirichlet_split(labels, clients, alpha, seed=3)
@@ -32,10 +35,13 @@ def test_split_depends_on_its_seed_alone():
 def test_alpha_sets_how_far_classes_are_from_shared_evenly():
     labels = np.arange(20000) % 10
 
-    def spread(alpha):  # coefficient of variation of a client's images of a class; sqrt((K-1)/(K alpha+1))
+    def spread(
+        alpha,
+    ):  # coefficient of variation of a client's images of a class; sqrt((K-1)/(K alpha+1))
         split = dirichlet_split(labels, 10, alpha, seed=0)
         counts = np.stack([np.bincount(labels[part], minlength=10) for part in split])
         return counts.std() / counts.mean()
+
     for alpha in (0.1, 1.0, 10.0):
         assert spread(alpha) == pytest.approx(math.sqrt(9 / (10 * alpha + 1)), rel=0.25)
 
@@ -43,16 +49,24 @@ def test_alpha_sets_how_far_classes_are_from_shared_evenly():
 def test_every_image_of_a_class_may_go_to_any_client():
     labels = np.zeros(1000, dtype=int)
     part = dirichlet_split(labels, 2, 1000.0, seed=0)[0]
-    assert abs(np.corrcoef(np.isin(np.arange(1000), part), np.arange(1000))[0, 1]) < 0.1  # not the first half
+    assert (
+        abs(np.corrcoef(np.isin(np.arange(1000), part), np.arange(1000))[0, 1]) < 0.1
+    )  # not the first half
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ((np.arange(100) % 10, 20, 0.1), "fewer clients"),  # 20 x 10 samples > 100
-    ((np.arange(200) % 10, 15, 0.01), r"alpha 0.01 over 15 clients.*smallest had \d+ samples.*raise alpha"),
-    ((np.arange(100) % 10, 0, 0.1), "num_clients"),
-    ((np.arange(100) % 10, 2, 0.0), "alpha"),
-    ((np.arange(100) % 10, 2, math.nan), "alpha"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((np.arange(100) % 10, 20, 0.1), "fewer clients"),  # 20 x 10 samples > 100
+        (
+            (np.arange(200) % 10, 15, 0.01),
+            r"alpha 0.01 gave the smallest of 15 clients at most \d+.*raise alpha",
+        ),
+        ((np.arange(100) % 10, 0, 0.1), "num_clients"),
+        ((np.arange(100) % 10, 2, 0.0), "alpha"),
+        ((np.arange(100) % 10, 2, math.nan), "alpha"),
+    ],
+)
 def test_an_impossible_split_says_why(arguments, words):
     with pytest.raises(ValueError, match=words):
         dirichlet_split(*arguments)
@@ -62,7 +76,9 @@ def test_an_impossible_split_says_why(arguments, words):
 
 
 def random_images(n, height=32, width=32):
-    return torch.randint(256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def by_torchvision(image, params, i):
@@ -89,20 +105,33 @@ def test_views_equal_torchvision(height, width):
     assert (views - expected).abs().max() < 1e-5
 
 
-NOTHING = {"box": torch.tensor([[0.0, 0, 32, 32]]), "flip": torch.tensor([False]), "factor": torch.ones(1, 3),
-           "hue": torch.zeros(1), "order": torch.arange(4)[None], "gray": torch.tensor([False])}
+NOTHING = {
+    "box": torch.tensor([[0.0, 0, 32, 32]]),
+    "flip": torch.tensor([False]),
+    "factor": torch.ones(1, 3),
+    "hue": torch.zeros(1),
+    "order": torch.arange(4)[None],
+    "gray": torch.tensor([False]),
+}
 
 
-@pytest.mark.parametrize("name, value, operation", [
-    ("flip", torch.tensor([True]), TF.hflip),
-    ("box", torch.tensor([[3.0, 7, 11, 20]]), lambda x: TF.resized_crop(x, 3, 7, 11, 20, [32, 32], antialias=True)),
-    ("factor", torch.tensor([[1.7, 1, 1]]), lambda x: TF.adjust_brightness(x, 1.7)),
-    ("factor", torch.tensor([[1, 0.3, 1]]), lambda x: TF.adjust_contrast(x, 0.3)),
-    ("factor", torch.tensor([[1, 1, 1.6]]), lambda x: TF.adjust_saturation(x, 1.6)),
-    ("hue", torch.tensor([-0.15]), lambda x: TF.adjust_hue(x, -0.15)),
-    ("gray", torch.tensor([True]), lambda x: TF.rgb_to_grayscale(x, 3)),
-    ("gray", torch.tensor([False]), lambda x: x),  # no parameter set: the image itself
-])
+@pytest.mark.parametrize(
+    "name, value, operation",
+    [
+        ("flip", torch.tensor([True]), TF.hflip),
+        (
+            "box",
+            torch.tensor([[3.0, 7, 11, 20]]),
+            lambda x: TF.resized_crop(x, 3, 7, 11, 20, [32, 32], antialias=True),
+        ),
+        ("factor", torch.tensor([[1.7, 1, 1]]), lambda x: TF.adjust_brightness(x, 1.7)),
+        ("factor", torch.tensor([[1, 0.3, 1]]), lambda x: TF.adjust_contrast(x, 0.3)),
+        ("factor", torch.tensor([[1, 1, 1.6]]), lambda x: TF.adjust_saturation(x, 1.6)),
+        ("hue", torch.tensor([-0.15]), lambda x: TF.adjust_hue(x, -0.15)),
+        ("gray", torch.tensor([True]), lambda x: TF.rgb_to_grayscale(x, 3)),
+        ("gray", torch.tensor([False]), lambda x: x),  # no parameter set: the image itself
+    ],
+)
 def test_each_operation_alone_equals_torchvision(name, value, operation):
     image = random_images(1)
     view = augment(image, {**NOTHING, name: value})
@@ -113,16 +142,31 @@ def test_parameters_have_the_distributions_of_the_paper():
     params = draw_params(20000, 32, 32, torch.Generator().manual_seed(0))
     top, left, height, width = params["box"].T
     assert (top >= 0).all() and (left >= 0).all()
-    assert (top + height <= 32).all() and (left + width <= 32).all() and (height * width / 1024).max() <= 1
-    # area ~ U(0.08, 1) has mean 0.54; boxes that do not fit are drawn again, which lowers it a little
-    reference = [data.torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, 32, 32), (0.08, 1.0), (3 / 4, 4 / 3))
-                 for _ in range(5000)]
+    assert (
+        (top + height <= 32).all()
+        and (left + width <= 32).all()
+        and (height * width / 1024).max() <= 1
+    )
+    torch.manual_seed(0)
+    reference = [
+        data.torchvision.transforms.RandomResizedCrop.get_params(
+            torch.empty(3, 32, 32), (0.08, 1.0), (3 / 4, 4 / 3)
+        )
+        for _ in range(5000)
+    ]
     for ours, theirs in zip((top, left, height, width), torch.tensor(reference).float().T):
-        assert ours.mean() == pytest.approx(theirs.mean(), abs=0.6) and ours.std() == pytest.approx(theirs.std(), abs=0.5)
+        assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.4)
+        assert ours.std().item() == pytest.approx(theirs.std().item(), abs=0.3)
     jittered = params["hue"] != 0
     assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
-    assert (params["factor"][~jittered] == 1).all() and (params["factor"][jittered] != 1).any(1).all()
-    assert params["factor"].min() >= 0.2 and params["factor"].max() <= 1.8 and params["hue"].abs().max() <= 0.2
+    assert (params["factor"][~jittered] == 1).all() and (params["factor"][jittered] != 1).any(
+        1
+    ).all()
+    assert (
+        params["factor"].min() >= 0.2
+        and params["factor"].max() <= 1.8
+        and params["hue"].abs().max() <= 0.2
+    )
     assert params["flip"].float().mean() == pytest.approx(0.5, abs=0.015)
     assert params["gray"].float().mean() == pytest.approx(0.2, abs=0.015)
     orders, counts = params["order"].unique(dim=0, return_counts=True)
@@ -130,7 +174,9 @@ def test_parameters_have_the_distributions_of_the_paper():
 
 
 def test_a_box_that_never_fits_becomes_the_largest_centred_one():
-    params = draw_params(50, 8, 64, torch.Generator().manual_seed(0), scale=(0.9, 1.0))  # 8:1, far from 4:3
+    params = draw_params(
+        50, 8, 64, torch.Generator().manual_seed(0), scale=(0.9, 1.0)
+    )  # 8:1, far from 4:3
     assert params["box"].unique(dim=0).tolist() == [[0, 26, 8, 11]]
 
 
@@ -160,14 +206,18 @@ def test_shapes_are_the_same_every_time_and_balanced():
 def test_colour_and_brightness_do_not_give_a_shape_away():
     shapes = draw_shapes(2000, 10)
     x = shapes.train_x.float()
-    statistics = torch.cat([x.mean((2, 3)), x.mean((1, 2, 3))[:, None]], 1)  # mean colour, brightness
+    statistics = torch.cat(
+        [x.mean((2, 3)), x.mean((1, 2, 3))[:, None]], 1
+    )  # mean colour, brightness
     between = torch.stack([statistics[shapes.train_y == c].mean(0) for c in range(10)]).std(0)
-    assert (between / statistics.std(0)).max() < 0.25  # the classes' means are close beside the spread
+    assert (
+        between / statistics.std(0)
+    ).max() < 0.25  # the classes' means are close beside the spread
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ and val/ with two classes, odd sizes and modes, a nested folder and a file that is no image."""
+    """train/ and val/ with two classes: odd sizes and modes, a nested folder, no image."""
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         for name in ("cat", "dog"):
@@ -176,7 +226,7 @@ def folder(tmp_path):
             image = Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8))
             image.save(place / "a.png")
             image.convert("L").resize((32, 32)).save(place / "b.jpg")
-            image.convert("P").save(place / "c.gif")
+            image.convert("P").save(place / "c.png")
             image.convert("RGBA").save(place / "d.webp")
             image.convert("CMYK").save(place / "e.jpeg")
             image.resize((10, 90)).save(place / "nested" / "f.bmp")
@@ -188,21 +238,35 @@ def test_a_folder_of_any_images_loads(folder):
     images = load_dataset(str(folder))
     assert images.train_x.shape == (12, 3, 32, 32) and images.train_x.dtype == torch.uint8
     assert images.classes == ["cat", "dog"] and images.test_y.tolist() == [0] * 6 + [1] * 6
-    original = torch.from_numpy(np.array(Image.open(folder / "train" / "cat" / "a.png"))).permute(2, 0, 1)
+    original = torch.from_numpy(np.array(Image.open(folder / "train" / "cat" / "a.png"))).permute(
+        2, 0, 1
+    )
     expected = TF.center_crop(TF.resize(original, 32, antialias=True), 32)
-    assert torch.equal(images.train_x[0], expected)
+    assert (images.train_x[0].int() - expected.int()).abs().max() <= 2  # Pillow rounds otherwise
     gray = images.train_x[1]
     assert torch.equal(gray[0], gray[1]) and torch.equal(gray[0], gray[2])
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda root: (root / "train" / "cat" / "a.png").write_bytes(b"no image"), r"cat/a.png does not decode"),
-    (lambda root: (root / "train" / "cat" / "a.png").write_bytes(b""), r"cat/a.png does not decode"),
-    (lambda root: (root / "val").rename(root / "other"), "needs the folders"),
-    (lambda root: (root / "train").rename(root / "other"), "needs the folders"),
-    (lambda root: (root / "val" / "dog").rename(root / "val" / "wolf"), r"differ in their classes.*wolf"),
-    (lambda root: (root / "train" / "empty").mkdir(), "empty"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda root: (root / "train" / "cat" / "a.png").write_bytes(b"no image"),
+            r"cat/a.png does not decode",
+        ),
+        (
+            lambda root: (root / "train" / "cat" / "a.png").write_bytes(b""),
+            r"cat/a.png does not decode",
+        ),
+        (lambda root: (root / "val").rename(root / "other"), "needs the folders"),
+        (lambda root: (root / "train").rename(root / "other"), "needs the folders"),
+        (
+            lambda root: (root / "val" / "dog").rename(root / "val" / "wolf"),
+            r"differ in their classes.*wolf",
+        ),
+        (lambda root: (root / "train" / "empty").mkdir(), "empty"),
+    ],
+)
 def test_a_broken_folder_says_what_is_wrong(folder, damage, words):
     damage(folder)
     with pytest.raises(ValueError, match=words):
@@ -222,6 +286,7 @@ def test_tinyimagenet_reads_the_official_layout(tmp_path):
     def save(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+
     for wnid in ("n01", "n02"):
         for i in range(3):
             save(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
@@ -229,7 +294,11 @@ def test_tinyimagenet_reads_the_official_layout(tmp_path):
     for i in range(4):
         save(root / "val" / "images" / f"val_{i}.JPEG")
     (root / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n" for i, wnid in enumerate(["n02", "n01", "n02", "n02"])))
+        "".join(
+            f"val_{i}.JPEG\t{wnid}\t0\t0\t9\t9\n"
+            for i, wnid in enumerate(["n02", "n01", "n02", "n02"])
+        )
+    )
     images = load_dataset("tinyimagenet", tmp_path)
     assert images.train_x.shape == (6, 3, 32, 32) and images.train_y.tolist() == [0, 0, 0, 1, 1, 1]
     assert images.test_x.shape == (4, 3, 32, 32) and images.test_y.tolist() == [1, 0, 1, 1]
@@ -240,9 +309,12 @@ def test_tinyimagenet_reads_the_official_layout(tmp_path):
 def test_a_data_set_that_cannot_be_fetched_is_one_line(name, tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
+
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     root = tmp_path / "nowhere"
-    with pytest.raises(FileNotFoundError, match=f"{name} is not in .*nowhere.*--dataset shapes") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=f"{name} is not in .*nowhere.*--dataset shapes"
+    ) as caught:
         load_dataset(name, root)
     assert "\n" not in str(caught.value) and not root.exists()
 
@@ -255,6 +327,7 @@ def test_cifar_comes_from_torchvisions_files(tmp_path, monkeypatch):
             n = 4 if train else 2
             self.data = np.arange(n * 32 * 32 * 3, dtype=np.uint8).reshape(n, 32, 32, 3)
             self.targets = [i % 2 for i in range(n)]
+
     monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", FakeCIFAR)
     images = load_dataset("cifar10", tmp_path)
     assert images.train_x.shape == (4, 3, 32, 32) and images.test_y.tolist() == [0, 1]

@@ -1,4 +1,5 @@
 """eval.py: every measure against a slow oracle or a value known by hand."""
+
 import json
 import math
 
@@ -8,9 +9,17 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from data import Images, draw_shapes
-from eval import (alignment, effective_rank, encode, knn_accuracy, linear_probe, load_checkpoint, uniformity,
-                  uniformity_parts)
+from data import draw_shapes
+from eval import (
+    alignment,
+    effective_rank,
+    encode,
+    knn_accuracy,
+    linear_probe,
+    load_checkpoint,
+    uniformity,
+    uniformity_parts,
+)
 from losses import uniform_loss
 from model import SSDNet
 
@@ -21,10 +30,15 @@ def features(n, d=5, seed=0):
 
 def test_knn_equals_a_slow_vote():
     train_h, test_h = features(60), features(25, seed=1)
-    train_y, test_y = (torch.randint(4, (n,), generator=torch.Generator().manual_seed(n)) for n in (60, 25))
+    train_y, test_y = (
+        torch.randint(4, (n,), generator=torch.Generator().manual_seed(n)) for n in (60, 25)
+    )
     correct = 0
     for query, label in zip(test_h.double().numpy(), test_y.tolist()):
-        similarity = [query @ row / np.linalg.norm(query) / np.linalg.norm(row) for row in train_h.double().numpy()]
+        similarity = [
+            query @ row / np.linalg.norm(query) / np.linalg.norm(row)
+            for row in train_h.double().numpy()
+        ]
         votes = [0.0] * 4
         for i in np.argsort(similarity)[::-1][:7]:
             votes[train_y[i]] += math.exp(similarity[i] / 0.1)
@@ -43,14 +57,21 @@ def test_linear_probe_solves_what_is_linear_and_not_what_is_not():
     halves, quadrants = (x[:, 0] > 0.3).long(), (x.prod(1) > 0).long()
     assert linear_probe(x[:1500], halves[:1500], x[1500:], halves[1500:], epochs=60) > 97
     assert linear_probe(x[:1500], quadrants[:1500], x[1500:], quadrants[1500:], epochs=60) < 65
-    runs = {linear_probe(x[:500], quadrants[:500], x[500:], quadrants[500:], epochs=3, seed=s) for s in (0, 0)}
+    runs = {
+        linear_probe(x[:500], quadrants[:500], x[500:], quadrants[500:], epochs=3, seed=s)
+        for s in (0, 0)
+    }
     assert len(runs) == 1
 
 
 def test_uniformity_is_the_training_loss_on_unit_rows():
     h = features(1500, 16)  # more rows than one block
-    assert uniformity(h) == pytest.approx(uniform_loss(F.normalize(h.double(), dim=1)).item(), abs=1e-5)
-    assert uniformity(7 * h, t=0.5) == pytest.approx(uniform_loss(F.normalize(h.double(), dim=1), t=0.5).item(), abs=1e-5)
+    assert uniformity(h) == pytest.approx(
+        uniform_loss(F.normalize(h.double(), dim=1)).item(), abs=1e-5
+    )
+    assert uniformity(7 * h, t=0.5) == pytest.approx(
+        uniform_loss(F.normalize(h.double(), dim=1), t=0.5).item(), abs=1e-5
+    )
     assert uniformity(torch.ones(9, 3)) == pytest.approx(0, abs=1e-5)  # collapse
 
 
@@ -62,7 +83,9 @@ def test_parts_add_up_to_the_pooled_value_and_equal_slow_loops():
     for i in range(40):
         for j in range(40):
             if i != j:
-                slow[client[i], client[j]] += math.exp(-2 * (z[i] - z[j]).square().sum()) / (40 * 39)
+                slow[client[i], client[j]] += math.exp(-2 * (z[i] - z[j]).square().sum()) / (
+                    40 * 39
+                )
     assert np.allclose(intra, np.diag(slow), atol=1e-7)
     assert np.allclose(inter, slow - np.diag(np.diag(slow)), atol=1e-7)
     assert torch.allclose((intra.sum() + inter.sum()).log(), total)
@@ -78,8 +101,14 @@ def test_parts_tell_two_apart_clients_from_two_mixed_ones():
     assert apart[2].sum() < 0.01 * inter.sum() and apart[0] < total
 
 
-@pytest.mark.parametrize("h, client", [(torch.ones(1, 3), torch.zeros(1)), (torch.ones(4, 3), torch.zeros(3)),
-                                       (torch.ones(4), torch.zeros(4))])
+@pytest.mark.parametrize(
+    "h, client",
+    [
+        (torch.ones(1, 3), torch.zeros(1)),
+        (torch.ones(4, 3), torch.zeros(3)),
+        (torch.ones(4), torch.zeros(4)),
+    ],
+)
 def test_uniformity_of_nothing_is_a_value_error(h, client):
     with pytest.raises(ValueError, match="N >= 2"):
         uniformity_parts(h, client)
@@ -103,7 +132,9 @@ def test_encoding_leaves_the_network_as_it_was():
     before = {name: value.clone() for name, value in net.state_dict().items()}
     images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
     h, u = encode(net, images, amp=False)
-    assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training and all(
+        torch.equal(value, before[name]) for name, value in net.state_dict().items()
+    )
     assert h.shape == u.shape == (9, 32) and not h.requires_grad
     assert torch.allclose(h, encode(net, images.float() / 255, amp=False)[0])
     with torch.no_grad():
@@ -119,7 +150,10 @@ def checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "load_dataset", lambda name, root: draw_shapes(200, 100))
     config = {"width": 4, "projector": True, "dataset": "shapes", "method": "ssd", "seed": 0}
     split = [torch.arange(0, 80), torch.arange(80, 150)]
-    torch.save({"round": 3, "config": config, "split": split, "model": SSDNet(4).state_dict()}, tmp_path / "last.pt")
+    torch.save(
+        {"round": 3, "config": config, "split": split, "model": SSDNet(4).state_dict()},
+        tmp_path / "last.pt",
+    )
     return tmp_path / "last.pt"
 
 
@@ -128,9 +162,18 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
         evaluation.main([str(checkpoint), "--epochs", "2", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "linear probe" in printed and "inter-client" in printed and "3 rounds" in printed
-    lines = [json.loads(line) for line in (checkpoint.parent / "eval.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (checkpoint.parent / "eval.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 2 and lines[0]["dataset"] == "shapes" and lines[0]["round"] == 3
-    for key in ("linear_probe", "knn", "uniformity_h", "uniformity_inter_z", "effective_rank_h", "alignment_z"):
+    for key in (
+        "linear_probe",
+        "knn",
+        "uniformity_h",
+        "uniformity_inter_z",
+        "effective_rank_h",
+        "alignment_z",
+    ):
         assert lines[0][key] == lines[1][key]  # reproducible
 
 
@@ -144,7 +187,9 @@ def test_inter_and_intra_are_values_on_the_scale_of_uniformity():
     scores = evaluation.evaluate(SSDNet(4), draw_shapes(200, 100), torch.arange(200) % 2, epochs=1)
     for part in "hz":  # clients of the same images: nearly the same within as between
         assert -8 <= scores[f"uniformity_inter_{part}"] <= 0
-        assert scores[f"uniformity_inter_{part}"] == pytest.approx(scores[f"uniformity_intra_{part}"], abs=0.2)
+        assert scores[f"uniformity_inter_{part}"] == pytest.approx(
+            scores[f"uniformity_intra_{part}"], abs=0.2
+        )
 
 
 def save_without(key):
@@ -152,6 +197,7 @@ def save_without(key):
         content = torch.load(path, weights_only=True)
         del content[key]
         torch.save(content, path)
+
     return damage
 
 
@@ -160,33 +206,49 @@ class Malicious:
         return print, ("code from a checkpoint ran",)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b"garbage"),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes()[:2000]),
-    lambda path: path.unlink(),
-    lambda path: torch.save(torch.ones(3), path),
-    lambda path: torch.save({"config": {"width": 10**9, "projector": True}, "model": SSDNet(4).state_dict()}, path),
-    lambda path: torch.save({"config": {"width": 8, "projector": True}, "model": SSDNet(4).state_dict()}, path),
-    lambda path: torch.save(Malicious(), path),
-    save_without("model"), save_without("split"), save_without("config"), save_without("round"),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"garbage"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:2000]),
+        lambda path: path.unlink(),
+        lambda path: torch.save(torch.ones(3), path),
+        lambda path: torch.save(
+            {"config": {"width": 10**9, "projector": True}, "model": SSDNet(4).state_dict()}, path
+        ),
+        lambda path: torch.save(
+            {"config": {"width": 8, "projector": True}, "model": SSDNet(4).state_dict()}, path
+        ),
+        lambda path: torch.save(Malicious(), path),
+        save_without("model"),
+        save_without("split"),
+        save_without("config"),
+        save_without("round"),
+    ],
+)
 def test_a_checkpoint_that_is_none_is_one_line(checkpoint, damage, capsys):
     damage(checkpoint)
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(checkpoint), "--device", "cpu"])
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and "checkpoint" in err
-    assert "code from a checkpoint ran" not in out and not (checkpoint.parent / "eval.jsonl").exists()
+    assert (
+        "code from a checkpoint ran" not in out and not (checkpoint.parent / "eval.jsonl").exists()
+    )
 
 
 def test_a_checkpoint_comes_back_bit_equal(checkpoint):
     content, net = load_checkpoint(checkpoint)
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in content["model"].items())
+    assert all(
+        torch.equal(value, net.state_dict()[name]) for name, value in content["model"].items()
+    )
     assert all(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--epochs", "x"], ["--device", "tpu9"], ["--dataset", "no-such"]])
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "0"], ["--epochs", "x"], ["--device", "tpu9"], ["--dataset", "no-such"]]
+)
 def test_bad_flags_are_one_line(checkpoint, flags, capsys, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(SystemExit) as stop:

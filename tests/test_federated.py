@@ -1,4 +1,5 @@
-"""federated.py: FedAvg on known answers, and that order, number and memory of the clients do not matter."""
+"""federated.py: FedAvg on known answers; the order of the clients does not matter."""
+
 import copy
 
 import pytest
@@ -6,13 +7,22 @@ import torch
 from torch import nn
 
 import federated
-from federated import (average_states, choose_clients, federated_round, keyed_generator, reset_optimizer,
-                       train_client, train_federated)
+from federated import (
+    average_states,
+    choose_clients,
+    federated_round,
+    keyed_generator,
+    reset_optimizer,
+    train_client,
+    train_federated,
+)
 
 
 def small_net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    )
 
 
 def noisy_loss(model, batch, k, generator):
@@ -32,7 +42,12 @@ def sgd(net):
 
 def run(net, rounds=2, split=SPLIT, **options):
     options = {"local_epochs": 2, "batch_size": 8, **options}
-    return [report for _, report in train_federated(net, sgd(net), IMAGES, split, noisy_loss, rounds, **options)]
+    return [
+        report
+        for _, report in train_federated(
+            net, sgd(net), IMAGES, split, noisy_loss, rounds, **options
+        )
+    ]
 
 
 def same(one, two):
@@ -43,7 +58,10 @@ def same(one, two):
 
 
 def test_average_by_hand():
-    states = [{"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(10)}, {"w": torch.tensor([4.0, 6.0]), "n": torch.tensor(20)}]
+    states = [
+        {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(10)},
+        {"w": torch.tensor([4.0, 6.0]), "n": torch.tensor(20)},
+    ]
     average = average_states(states, [3, 1])
     assert average["w"].tolist() == [1.0, 3.0]
     assert average["n"].dtype == torch.int64 and average["n"].item() == 12  # 12.5 to even
@@ -53,7 +71,9 @@ def test_average_of_equal_models_is_that_model_and_of_one_is_that_one():
     state = small_net().state_dict()
     assert same(average_states([state] * 7, [3, 5, 1, 100, 7, 11, 13]), state)
     assert same(average_states([state], [17]), state)
-    assert [v.dtype for v in average_states([state], [1]).values()] == [v.dtype for v in state.values()]
+    assert [v.dtype for v in average_states([state], [1]).values()] == [
+        v.dtype for v in state.values()
+    ]
 
 
 def test_average_equals_a_loop_in_float64_and_reads_its_states_once():
@@ -65,8 +85,19 @@ def test_average_equals_a_loop_in_float64_and_reads_its_states_once():
         assert torch.allclose(value.double(), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("count, weights", [(1, []), (0, [1]), (2, [1]), (1, [1, 1]), (2, [0, 0]), (2, [2, -1]),
-                                            (1, [float("nan")]), (1, [float("inf")])])
+@pytest.mark.parametrize(
+    "count, weights",
+    [
+        (1, []),
+        (0, [1]),
+        (2, [1]),
+        (1, [1, 1]),
+        (2, [0, 0]),
+        (2, [2, -1]),
+        (1, [float("nan")]),
+        (1, [float("inf")]),
+    ],
+)
 def test_weights_that_do_not_fit_are_a_value_error(count, weights):
     with pytest.raises(ValueError):
         average_states([{"w": torch.ones(2)}] * count, weights)
@@ -78,7 +109,17 @@ def test_weights_that_do_not_fit_are_a_value_error(count, weights):
 def test_one_client_with_all_data_is_plain_training():
     net, alone = small_net(), small_net()
     run(net, rounds=1, split=[range(60)])
-    train_client(alone, sgd(alone), IMAGES, range(60), noisy_loss, 0, keyed_generator(0, "client", 0, 0), 2, 8)
+    train_client(
+        alone,
+        sgd(alone),
+        IMAGES,
+        range(60),
+        noisy_loss,
+        0,
+        keyed_generator(0, "client", 0, 0),
+        2,
+        8,
+    )
     assert same(net.state_dict(), alone.state_dict())
 
 
@@ -86,7 +127,9 @@ def test_a_round_equals_separate_models_averaged():
     net, states = small_net(), []
     for k, part in enumerate(SPLIT):  # every client a model and an optimiser of its own
         own = copy.deepcopy(net)
-        train_client(own, sgd(own), IMAGES, part, noisy_loss, k, keyed_generator(0, "client", 0, k), 2, 8)
+        train_client(
+            own, sgd(own), IMAGES, part, noisy_loss, k, keyed_generator(0, "client", 0, k), 2, 8
+        )
         states.append(own.state_dict())
     run(net, rounds=1)
     assert same(net.state_dict(), average_states(states, [10, 25, 25]))
@@ -113,7 +156,13 @@ def test_going_on_from_a_round_equals_never_having_stopped():
 
 
 def test_rounds_clients_and_seeds_have_their_own_random_numbers():
-    keys = [(0, "client", 0, 0), (0, "client", 0, 1), (0, "client", 1, 0), (1, "client", 0, 0), (0, "clients", 0)]
+    keys = [
+        (0, "client", 0, 0),
+        (0, "client", 0, 1),
+        (0, "client", 1, 0),
+        (1, "client", 0, 0),
+        (0, "clients", 0),
+    ]
     draws = [torch.rand(4, generator=keyed_generator(*key)) for key in keys]
     assert len(torch.stack(draws).unique(dim=0)) == len(keys)
     assert torch.equal(draws[0], torch.rand(4, generator=keyed_generator(*keys[0])))
@@ -128,8 +177,19 @@ def test_reports_are_averaged_by_samples():
 def test_another_rule_of_averaging_needs_no_edit():
     def last_one_wins(states, weights):
         return list(states)[-1]
+
     net, expected = small_net(), small_net()
-    train_client(expected, sgd(expected), IMAGES, SPLIT[2], noisy_loss, 2, keyed_generator(0, "client", 0, 2), 2, 8)
+    train_client(
+        expected,
+        sgd(expected),
+        IMAGES,
+        SPLIT[2],
+        noisy_loss,
+        2,
+        keyed_generator(0, "client", 0, 2),
+        2,
+        8,
+    )
     run(net, rounds=1, average=last_one_wins)
     assert same(net.state_dict(), expected.state_dict())
 
@@ -138,8 +198,11 @@ def test_only_weights_and_sample_counts_reach_the_averaging():
     def inspect(states, weights):
         assert weights == [10, 25, 25]
         seen = list(states)
-        assert all(value.shape == reference[name].shape for state in seen for name, value in state.items())
+        assert all(
+            value.shape == reference[name].shape for state in seen for name, value in state.items()
+        )
         return average_states(seen, weights)
+
     net = small_net()
     reference = net.state_dict()
     run(net, rounds=1, average=inspect)
@@ -151,6 +214,7 @@ def test_a_client_sees_its_own_samples_only_and_every_batch_is_full():
     def spy(model, batch, k, generator):
         seen.append((k, batch))
         return model(batch).sum() * 0, {}
+
     net = small_net()
     federated_round(net, sgd(net), IMAGES, SPLIT, spy, 0, local_epochs=2, batch_size=12)
     for k, batch in seen:
@@ -158,7 +222,9 @@ def test_a_client_sees_its_own_samples_only_and_every_batch_is_full():
         assert all((own == row).all(1).any() for row in batch.flatten(1))
     # client 0 has 10 < 12 samples: one batch of all; the others 25: two of 12, one sample waits
     assert [(k, len(batch)) for k, batch in seen] == [(0, 10)] * 2 + [(1, 12)] * 4 + [(2, 12)] * 4
-    assert len(torch.cat([batch for k, batch in seen[:1]]).flatten(1).unique(dim=0)) == 10  # no sample twice
+    assert (
+        len(torch.cat([batch for k, batch in seen[:1]]).flatten(1).unique(dim=0)) == 10
+    )  # no sample twice
 
 
 # ------------------------------------------------------------------ choice of clients and optimiser
@@ -171,7 +237,10 @@ def test_choice_is_distinct_sorted_reproducible_and_fair():
         assert len(set(chosen)) == 10 and chosen == sorted(chosen)
         counts[chosen] += 1
     assert counts.min() > 330 and counts.max() < 470  # 400 expected, standard deviation 18
-    assert choose_clients(10, 0.01, keyed_generator(0)) and len(choose_clients(3, 1.0, keyed_generator(0))) == 3
+    assert (
+        choose_clients(10, 0.01, keyed_generator(0))
+        and len(choose_clients(3, 1.0, keyed_generator(0))) == 3
+    )
 
 
 @pytest.mark.parametrize("participation", [0, -0.5, 1.1, float("nan")])
@@ -185,8 +254,9 @@ def test_a_reset_optimiser_is_bit_equal_to_a_fresh_one(make):
     def steps(net, optimizer):
         for i in range(5):
             optimizer.zero_grad()
-            net(IMAGES[8 * i:8 * i + 8]).square().mean().backward()
+            net(IMAGES[8 * i : 8 * i + 8]).square().mean().backward()
             optimizer.step()
+
     net = small_net()
     start = copy.deepcopy(net.state_dict())
     used = make(net)

@@ -1,4 +1,5 @@
 """model.py: the network is torchvision's ResNet-18 with another stem, at any width."""
+
 import pytest
 import torch
 import torchvision
@@ -12,7 +13,9 @@ def count(module):
 
 def test_parameter_counts_of_the_paper():
     net = SSDNet()
-    assert round(count(net.encoder) / 1e6, 2) == 11.17 and round(count(net.projector) / 1e6, 2) == 2.10
+    assert (
+        round(count(net.encoder) / 1e6, 2) == 11.17 and round(count(net.projector) / 1e6, 2) == 2.10
+    )
 
 
 @pytest.mark.parametrize("width", [4, 16])
@@ -60,8 +63,10 @@ def test_the_stem_keeps_the_resolution():
     assert sizes == [32, 32, 32, 32, 16, 8, 4, 1, 32]
 
 
-@pytest.mark.parametrize("arguments", [{"width": 0}, {"width": 4, "embed_dim": 0},
-                                       {"width": 4, "embed_dim": 7, "projector": False}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"width": 0}, {"width": 4, "embed_dim": 0}, {"width": 4, "embed_dim": 7, "projector": False}],
+)
 def test_impossible_sizes_are_a_value_error(arguments):
     with pytest.raises(ValueError, match="got"):
         SSDNet(**arguments)

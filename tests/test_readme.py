@@ -1,4 +1,5 @@
 """README.md tells the truth: its losses stand in losses.py, its commands have flags that exist."""
+
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +20,9 @@ def test_the_losses_are_verbatim():
     assert len(functions) >= 3 and all(function in source for function in functions)
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python (train\.py -[^#`\n]*)", README))))
+@pytest.mark.parametrize(
+    "command", sorted(set(re.findall(r"python (train\.py -[^#`\n]*)", README)))
+)
 def test_every_training_command_has_flags_that_exist(command):
     arguments = shlex.split(command)[1:]
     if arguments != ["--help"]:

@@ -1,4 +1,5 @@
 """train.py: the run folder, exact resume, the ablation's rows, and one line for every mistake."""
+
 import json
 import re
 import subprocess
@@ -14,8 +15,23 @@ from eval import load_checkpoint
 from model import SSDNet
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--dataset", "shapes", "--width", "2", "--batch-size", "16", "--clients", "3", "--alpha", "1",
-         "--local-epochs", "1", "--device", "cpu", "--no-amp"]
+SMALL = [
+    "--dataset",
+    "shapes",
+    "--width",
+    "2",
+    "--batch-size",
+    "16",
+    "--clients",
+    "3",
+    "--alpha",
+    "1",
+    "--local-epochs",
+    "1",
+    "--device",
+    "cpu",
+    "--no-amp",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +61,33 @@ def test_a_run_leaves_its_folder_and_says_what_is_next(capsys):
     printed = capsys.readouterr().out
     assert "round   2/2" in printed and "of the untrained encoder" in printed
     assert "python eval.py runs/a/last.pt" in printed and "--resume runs/a/last.pt" in printed
-    assert sorted(path.name for path in Path("runs/a").iterdir()) == ["config.json", "last.pt", "metrics.jsonl", "split.json"]
+    assert sorted(path.name for path in Path("runs/a").iterdir()) == [
+        "config.json",
+        "last.pt",
+        "metrics.jsonl",
+        "split.json",
+    ]
     assert [line["round"] for line in lines()] == [1, 2]
-    for key in ("align", "uniform", "dsr", "distill", "loss", "knn", "uniformity_h", "uniformity_z", "seconds", "lr"):
+    for key in (
+        "align",
+        "uniform",
+        "dsr",
+        "distill",
+        "loss",
+        "knn",
+        "uniformity_h",
+        "uniformity_z",
+        "seconds",
+        "lr",
+    ):
         assert isinstance(lines()[0][key], float), key
     assert lines()[0]["clients"] == [0, 1, 2]
     config = json.loads(Path("runs/a/config.json").read_text())
-    assert config["gamma"] == 1 and config["delta"] == 0.1 and config["versions"]["torch"] == torch.__version__
+    assert (
+        config["gamma"] == 1
+        and config["delta"] == 0.1
+        and config["versions"]["torch"] == torch.__version__
+    )
     split = json.loads(Path("runs/a/split.json").read_text())
     assert sorted(sum(split.values(), [])) == list(range(120))
 
@@ -86,7 +122,10 @@ def test_resuming_ends_bit_equal_with_one_line_a_round():
     assert same(weights("runs/whole/last.pt"), weights("runs/a/last.pt"))
 
     def timeless(path):
-        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(path)]
+        return [
+            {key: value for key, value in line.items() if key != "seconds"} for line in lines(path)
+        ]
+
     assert timeless("runs/a/metrics.jsonl") == timeless("runs/whole/metrics.jsonl")
 
 
@@ -94,8 +133,14 @@ def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
     train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
     before = Path("runs/a/last.pt").read_bytes()
     train.main([*SMALL, "--rounds", "1", "--resume", "runs/a/last.pt"])  # nothing left to do
-    for flags in (["--lr", "0.3"], ["--clients", "4"], ["--method", "dsr"], ["--rounds", "0"], ["--no-projector"],
-                  ["--out", "runs/b"]):
+    for flags in (
+        ["--lr", "0.3"],
+        ["--clients", "4"],
+        ["--method", "dsr"],
+        ["--rounds", "0"],
+        ["--no-projector"],
+        ["--out", "runs/b"],
+    ):
         with pytest.raises(SystemExit) as stop:
             train.main(["--resume", "runs/a/last.pt", *flags])
         assert stop.value.code == 2
@@ -106,7 +151,10 @@ def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
 def test_a_second_run_of_the_same_name_gets_its_own_folder():
     for _ in range(2):
         train.main([*SMALL, "--rounds", "1"])
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["shapes-ssd-k3-seed0", "shapes-ssd-k3-seed0-2"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "shapes-ssd-k3-seed0",
+        "shapes-ssd-k3-seed0-2",
+    ]
 
 
 def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
@@ -114,17 +162,33 @@ def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
     split = json.loads(Path("runs/a/split.json").read_text())
     chosen = sorted(sum(split.values(), []))
     assert len(set(chosen)) == 60 and chosen != list(range(60)) and max(chosen) < 120
-    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "runs/a/split.json", "--out", "runs/b"])
+    train.main(
+        [
+            *SMALL,
+            "--rounds",
+            "1",
+            "--limit",
+            "60",
+            "--split-file",
+            "runs/a/split.json",
+            "--out",
+            "runs/b",
+        ]
+    )
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
     Path("bare.json").write_text(json.dumps(list(split.values())))
-    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "bare.json", "--out", "runs/c"])
+    train.main(
+        [*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "bare.json", "--out", "runs/c"]
+    )
     assert same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch):
     train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
     before = Path("runs/a/last.pt").read_bytes()
-    monkeypatch.setattr(train, "ssd_loss", lambda h1, *rest, **weights: (h1.sum() * float("nan"), {}))
+    monkeypatch.setattr(
+        train, "ssd_loss", lambda h1, *rest, **weights: (h1.sum() * float("nan"), {})
+    )
     with pytest.raises(SystemExit, match="round 2: the loss is not finite"):
         train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
     assert Path("runs/a/last.pt").read_bytes() == before and len(lines()) == 1
@@ -133,18 +197,34 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch):
 # ------------------------------------------------------------------ methods
 
 
-@pytest.mark.parametrize("method, gamma, delta", [("fedalignuniform", 0, 0), ("pd", 0, 0.1), ("dsr", 1, 0),
-                                                  ("ssd", 1, 0.1), ("hsd", 0, 0)])
+@pytest.mark.parametrize(
+    "method, gamma, delta",
+    [("fedalignuniform", 0, 0), ("pd", 0, 0.1), ("dsr", 1, 0), ("ssd", 1, 0.1), ("hsd", 0, 0)],
+)
 def test_a_method_is_its_weights(method, gamma, delta):
     train.main([*SMALL, "--rounds", "1", "--method", method, "--out", "runs/a"])
     line = lines()[0]
-    assert line["loss"] == pytest.approx(line["align"] + line["uniform"] + gamma * line["dsr"] + delta * line["distill"], abs=1e-5)
+    assert line["loss"] == pytest.approx(
+        line["align"] + line["uniform"] + gamma * line["dsr"] + delta * line["distill"], abs=1e-5
+    )
 
 
 def test_hsd_lives_on_own_dimensions_and_a_weight_may_be_set_by_hand():
     train.main([*SMALL, "--rounds", "1", "--method", "hsd", "--out", "runs/a"])
     assert lines()[0]["dsr"] == pytest.approx(0, abs=1e-6)
-    train.main([*SMALL, "--rounds", "1", "--method", "fedalignuniform", "--gamma", "0.5", "--out", "runs/b"])
+    train.main(
+        [
+            *SMALL,
+            "--rounds",
+            "1",
+            "--method",
+            "fedalignuniform",
+            "--gamma",
+            "0.5",
+            "--out",
+            "runs/b",
+        ]
+    )
     assert json.loads(Path("runs/b/config.json").read_text())["gamma"] == 0.5
 
 
@@ -158,7 +238,19 @@ def test_labels_reach_no_part_of_training(monkeypatch):
     shapes = draw_shapes(120, 40)
     shuffled = shapes._replace(train_y=shapes.train_y.flip(0), test_y=shapes.test_y.flip(0))
     monkeypatch.setattr("data.draw_shapes", lambda: shuffled)
-    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "runs/a/split.json", "--out", "runs/b"])
+    train.main(
+        [
+            *SMALL,
+            "--rounds",
+            "1",
+            "--limit",
+            "60",
+            "--split-file",
+            "runs/a/split.json",
+            "--out",
+            "runs/b",
+        ]
+    )
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
 
 
@@ -168,66 +260,85 @@ def test_labels_reach_no_part_of_training(monkeypatch):
 PARTITION = [list(range(0, 60)), list(range(60, 120))]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--clients", "0"], "--clients.*at least 1.*'0'"),
-    (["--clients", "2.5"], "--clients.*whole number"),
-    (["--clients", "1000"], "1000 clients.*fewer clients"),
-    (["--clients", "13"], "13 clients.*120"),
-    (["--alpha", "0"], "--alpha.*above 0"),
-    (["--alpha", "-1"], "--alpha"),
-    (["--alpha", "nan"], "--alpha"),
-    (["--alpha", "inf"], "--alpha"),
-    (["--alpha", "0.001", "--clients", "11"], "alpha 0.001.*raise alpha"),
-    (["--participation", "0"], "--participation"),
-    (["--participation", "1.01"], "--participation.*at most 1"),
-    (["--rounds", "0"], "--rounds"),
-    (["--local-epochs", "0"], "--local-epochs"),
-    (["--limit", "0"], "--limit"),
-    (["--limit", "121"], "--limit 121.*120"),
-    (["--limit", "20"], "3 clients.*fewer clients"),
-    (["--method", "fedavg"], "--method.*fedavg"),
-    (["--beta", "-1"], "--beta"),
-    (["--gamma", "x"], "--gamma.*'x'"),
-    (["--delta", "-0.1"], "--delta"),
-    (["--scale", "0"], "--scale"),
-    (["--method", "hsd", "--scale", "1"], "hsd.*--scale"),
-    (["--lr", "0"], "--lr"),
-    (["--momentum", "1.5"], "--momentum"),
-    (["--weight-decay", "-1"], "--weight-decay"),
-    (["--batch-size", "1"], "--batch-size.*at least 2"),
-    (["--width", "0"], "--width"),
-    (["--seed", "-1"], "--seed"),
-    (["--device", "tpu"], "'tpu'.*--device cpu"),
-    (["--device", "meta"], "'meta'.*--device cpu"),
-    (["--device", "cuda:99"], "'cuda:99'.*--device cpu"),
-    (["--dataset", "cifar11"], "cifar11.*cifar10"),
-    (["--dataset", "empty"], "empty.*train/<class>"),
-    (["--no-such-flag"], "--no-such-flag"),
-    (["--split-file", "missing.json"], "missing.json"),
-    (["--split-file", "not.json"], "not.json must be JSON"),
-    (["--split-file", "number.json"], "must be JSON"),
-    (["--split-file", "words.json"], "must be JSON"),
-    (["--split-file", "twice.json"], "names twice image 5"),
-    (["--split-file", "outside.json"], "image 120"),
-    (["--split-file", "short.json"], "leaves out image 119"),
-    (["--split-file", "lonely.json"], "at least 2"),
-    (["--split-file", "good.json"], "--clients 3: the split file has 2"),
-    (["--resume", "missing.pt"], "no checkpoint at missing.pt"),
-    (["--resume", "garbage.pt"], "garbage.pt is not a checkpoint"),
-    (["--resume", "shape.pt"], "shape.pt is not a checkpoint"),
-    (["--out", "full"], "full is not empty"),
-    (["--out", "not.json"], "not.json is not empty"),
-    (["--out", "not.json/run"], "not.json"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--clients", "0"], "--clients.*at least 1.*'0'"),
+        (["--clients", "2.5"], "--clients.*whole number"),
+        (["--clients", "1000"], "1000 clients.*fewer clients"),
+        (["--clients", "13"], "13 clients.*120"),
+        (["--alpha", "0"], "--alpha.*above 0"),
+        (["--alpha", "-1"], "--alpha"),
+        (["--alpha", "nan"], "--alpha"),
+        (["--alpha", "inf"], "--alpha"),
+        (["--alpha", "0.001", "--clients", "11"], "alpha 0.001.*raise alpha"),
+        (["--participation", "0"], "--participation"),
+        (["--participation", "1.01"], "--participation.*at most 1"),
+        (["--rounds", "0"], "--rounds"),
+        (["--local-epochs", "0"], "--local-epochs"),
+        (["--limit", "0"], "--limit"),
+        (["--limit", "121"], "--limit 121.*120"),
+        (["--limit", "20"], "3 clients.*fewer clients"),
+        (["--method", "fedavg"], "--method.*fedavg"),
+        (["--beta", "-1"], "--beta"),
+        (["--gamma", "x"], "--gamma.*'x'"),
+        (["--delta", "-0.1"], "--delta"),
+        (["--scale", "0"], "--scale"),
+        (["--method", "hsd", "--scale", "1"], "hsd.*--scale"),
+        (["--lr", "0"], "--lr"),
+        (["--momentum", "1.5"], "--momentum"),
+        (["--weight-decay", "-1"], "--weight-decay"),
+        (["--batch-size", "1"], "--batch-size.*at least 2"),
+        (["--width", "0"], "--width"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "tpu"], "'tpu'.*--device cpu"),
+        (["--device", "meta"], "'meta'.*--device cpu"),
+        (["--device", "cuda:99"], "'cuda:99'.*--device cpu"),
+        (["--dataset", "cifar11"], "cifar11.*cifar10"),
+        (["--dataset", "empty"], "empty.*train/<class>"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--split-file", "missing.json"], "missing.json"),
+        (["--split-file", "not.json"], "not.json must be JSON"),
+        (["--split-file", "number.json"], "must be JSON"),
+        (["--split-file", "words.json"], "must be JSON"),
+        (["--split-file", "twice.json"], "names twice image 5"),
+        (["--split-file", "outside.json"], "image 120"),
+        (["--split-file", "short.json"], "leaves out image 119"),
+        (["--split-file", "lonely.json"], "at least 2"),
+        (["--split-file", "good.json"], "--clients 3: the split file has 2"),
+        (["--resume", "missing.pt"], "no checkpoint at missing.pt"),
+        (["--resume", "garbage.pt"], "garbage.pt is not a checkpoint"),
+        (["--resume", "shape.pt"], "shape.pt is not a checkpoint"),
+        (["--out", "full"], "full is not empty"),
+        (["--out", "not.json"], "not.json is not empty"),
+        (["--out", "not.json/run"], "not.json"),
+    ],
+)
 def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys):
-    files = {"not.json": "{", "number.json": "3", "words.json": '[["a"]]', "twice.json": [[5, 5], *PARTITION],
-             "outside.json": [*PARTITION, [120, 121]], "short.json": [PARTITION[0], PARTITION[1][:-1]],
-             "lonely.json": [[0], list(range(1, 120))], "good.json": PARTITION, "garbage.pt": "garbage", "full/file": "x"}
+    files = {
+        "not.json": "{",
+        "number.json": "3",
+        "words.json": '[["a"]]',
+        "twice.json": [[5, 5], *PARTITION],
+        "outside.json": [*PARTITION, [120, 121]],
+        "short.json": [PARTITION[0], PARTITION[1][:-1]],
+        "lonely.json": [[0], list(range(1, 120))],
+        "good.json": PARTITION,
+        "garbage.pt": "garbage",
+        "full/file": "x",
+    }
     (tmp_path / "full").mkdir(), (tmp_path / "empty").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    torch.save({"round": 1, "config": {"width": 4, "projector": True}, "split": [torch.arange(9)],
-                "model": SSDNet(2).state_dict()}, "shape.pt")
+    torch.save(
+        {
+            "round": 1,
+            "config": {"width": 4, "projector": True},
+            "split": [torch.arange(9)],
+            "model": SSDNet(2).state_dict(),
+        },
+        "shape.pt",
+    )
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         train.main([*SMALL, *flags])
@@ -239,10 +350,19 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys
 
 
 def test_the_papers_command_without_data_says_what_to_do(tmp_path):
-    """The real script with no network (a proxy that nobody serves): one line, status 2, nothing written."""
-    dead = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--clients", "10", "--alpha", "0.1"], cwd=tmp_path,
-                          capture_output=True, text=True, env=dead)
+    """The script without network (a proxy that nobody serves): one line and status 2."""
+    dead = {
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--clients", "10", "--alpha", "0.1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=dead,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
     for words in ("cifar10", "data/cifar-10-batches-py", "--dataset shapes"):
@@ -253,5 +373,7 @@ def test_the_papers_command_without_data_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("name", ["losses", "model", "data", "federated"])
 def test_a_core_file_runs_alone(name, tmp_path):
     (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    done = subprocess.run([sys.executable, "-W", "error", f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", f"{name}.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) >= 3
