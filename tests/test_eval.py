@@ -55,8 +55,8 @@ def test_knn_ignores_length_and_lowers_k_to_what_is_there():
 def test_linear_probe_solves_what_is_linear_and_not_what_is_not():
     x = features(2000, 2)
     halves, quadrants = (x[:, 0] > 0.3).long(), (x.prod(1) > 0).long()
-    assert linear_probe(x[:1500], halves[:1500], x[1500:], halves[1500:], epochs=60) > 97
-    assert linear_probe(x[:1500], quadrants[:1500], x[1500:], quadrants[1500:], epochs=60) < 65
+    assert linear_probe(x[:1500], halves[:1500], x[1500:], halves[1500:], epochs=400) > 97
+    assert linear_probe(x[:1500], quadrants[:1500], x[1500:], quadrants[1500:], epochs=400) < 65
     runs = {
         linear_probe(x[:500], quadrants[:500], x[500:], quadrants[500:], epochs=3, seed=s)
         for s in (0, 0)
