@@ -203,9 +203,15 @@ def load_checkpoint(path):
         raise ValueError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config, split = checkpoint["config"], checkpoint["split"]
-        if type(checkpoint["round"]) is not int or min(int(part.min()) for part in split) < 0:
-            raise ValueError("its round or split is not one")
+        if not isinstance(checkpoint, dict):
+            raise ValueError("it holds no dict")
+        config, rounds = checkpoint["config"], checkpoint["round"]
+        needed = {"dataset", "method", "seed", "width", "projector"}
+        if type(rounds) is not int or rounds < 0 or not needed <= config.keys():
+            raise ValueError("its round or config is not one")
+        if any(part.ndim != 1 or part.dtype != torch.int64 or part.min() < 0
+               for part in checkpoint["split"]):
+            raise ValueError("its split is not one")
         with torch.device("meta"):  # no memory is taken before the shapes are known to fit
             model = SSDNet(config["width"], projector=config["projector"])
         model.load_state_dict(checkpoint["model"], assign=True)

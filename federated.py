@@ -12,9 +12,12 @@ Needs torch; copies into another project as it is. Of use elsewhere:
 
     python federated.py     # FedAvg on a problem whose answer is known (a second, CPU)
 """
+import functools
 import hashlib
+import math
 
 import torch
+import torch.distributed as dist
 
 
 def train_federated(model, optimizer, samples, split, loss, rounds, start=0, **options):
@@ -30,35 +33,52 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     model, optimizer  the worker that plays every client in turn
     samples (N, ...)  of all clients, on the model's device; split[k]: the indices of client k's
     loss              (model, batch, k, generator) -> scalar to minimise, dict of scalars to report
-    average           (states, weights) -> state dict; default `average_states`
+    average           (states, weights, global_state) -> state dict; default `average_states`
     progress          (clients done, clients in all), called before each client
-    Returns {"clients": [k ...], "terms": {name: mean over the clients, weighted by samples}}.
+    Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
+    weighted by samples}}. A client whose loss or weights are not finite is left out of both
+    means; FloatingPointError if all are. Under torch.distributed the processes share the clients.
     """
     # 1. Choose: the server draws this round's clients.
     clients = choose_clients(len(split), participation, keyed_generator(seed, "clients", r))
-    sizes = [len(split[k]) for k in clients]
+    if dist.is_initialized() and average:
+        raise ValueError("a rule of averaging of your own needs all states: run one process")
+    average = average or functools.partial(average_states, all_reduce=dist.is_initialized())
+    mine = share_out(clients, [len(split[k]) for k in clients], *processes())
     # 2. Send: every client starts from the same global weights.
-    global_state = {name: value.clone() for name, value in model.state_dict().items()}
-    reports = []
+    global_state = copy_state(model)
+    weights, reports = [], {}
 
     def returned_states():
-        for k in clients:
+        for k in mine:
             if progress:
-                progress(len(reports), len(clients))
+                progress(len(reports), len(mine))
             model.load_state_dict(global_state)
             reset_optimizer(optimizer)
             # 3. Train locally, on the client's own images alone.
-            generator = keyed_generator(seed, "client", r, k)
-            reports.append(train_client(model, optimizer, samples, split[k], loss, k, generator,
-                                        local_epochs, batch_size))
-            # 4. Return the weights.
-            yield {name: value.clone() for name, value in model.state_dict().items()}
+            reports[k] = train_client(model, optimizer, samples, split[k], loss, k,
+                                      keyed_generator(seed, "client", r, k), local_epochs,
+                                      batch_size)
+            # 4. Return the weights, unless the client has diverged.
+            if math.isfinite(reports[k]["loss"]) and is_finite(model):
+                weights.append(len(split[k]))
+                yield copy_state(model)
+            else:
+                reports[k] = None
 
-    # 5. Average: the states arrive one by one, so that only one is held at a time.
-    model.load_state_dict((average or average_states)(returned_states(), sizes))
-    terms = {name: sum(n * report[name] for n, report in zip(sizes, reports)) / sum(sizes)
-             for name in reports[0]}
-    return {"clients": clients, "terms": terms}
+        reports.update(gather(reports))
+        if not any(reports.values()):
+            model.load_state_dict(global_state)
+            raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
+
+    # 5. Average: the states arrive one by one, so that only one is held at a time; each has its
+    # weight appended as it arrives.
+    model.load_state_dict(average(returned_states(), weights, global_state))
+    kept = [k for k in clients if reports[k]]
+    samples_kept = sum(len(split[k]) for k in kept)
+    terms = {name: sum(len(split[k]) * reports[k][name] for k in kept) / samples_kept
+             for name in reports[kept[0]]}
+    return {"clients": clients, "left_out": [k for k in clients if not reports[k]], "terms": terms}
 
 
 def train_client(model, optimizer, samples, index, loss, k, generator, epochs, batch_size):
@@ -92,26 +112,43 @@ def choose_clients(num_clients, participation, generator):
     return torch.randperm(num_clients, generator=generator)[:count].sort().values.tolist()
 
 
-def average_states(states, weights):
+def average_states(states, weights, global_state=None, all_reduce=False):
     """FedAvg, sum_i w_i state_i / sum_i w_i, entry by entry -> state dict.
 
     states: an iterable of state dicts, read once and one at a time; weights: as many numbers >= 0.
     BatchNorm statistics are averaged like weights; integer entries (its counters) are rounded back
     to their dtype. Sums are float64: equal float32 states average to exactly that state.
+    all_reduce: sum over the processes of torch.distributed, each with states of its own; one that
+    has none takes its shapes from global_state.
     ValueError if there are more of one than of the other, or the weights do not add up to > 0.
     """
-    weights = [float(weight) for weight in weights]
-    if not weights or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise ValueError(f"average_states needs weights >= 0 with a finite sum > 0, got {weights}")
-    total, dtypes = {}, {}
-    for state, weight in zip(states, weights, strict=True):
-        for name, value in state.items():
-            dtypes[name] = value.dtype
-            share = value.double() * weight
-            total[name] = total[name].add_(share) if name in total else share
-    means = {name: value / sum(weights) for name, value in total.items()}
-    return {name: (mean if dtypes[name].is_floating_point else mean.round()).to(dtypes[name])
-            for name, mean in means.items()}
+    def weighted(state, weight):  # one vector: weight * every entry, then weight itself
+        flat = torch.cat([value.flatten().double() for value in state.values()])
+        return torch.cat([flat, flat.new_ones(1)]).mul_(weight)
+
+    like, total = global_state, None
+    for like, weight in zip(states, weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"average_states needs finite weights >= 0, got {weight}")
+        total = weighted(like, weight) if total is None else total.add_(weighted(like, weight))
+    if all_reduce:
+        total = weighted(global_state, 0) if total is None else total
+        dist.all_reduce(total)
+    if total is None or not 0 < total[-1] < math.inf:
+        raise ValueError("average_states needs weights with a finite sum > 0")
+    means = (total[:-1] / total[-1]).split([value.numel() for value in like.values()])
+    return {name: (mean if value.is_floating_point() else mean.round()).view_as(value).to(value)
+            for (name, value), mean in zip(like.items(), means)}
+
+
+def copy_state(model):
+    """The model's state dict, copied: later training does not change it."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def is_finite(model):
+    """Whether no entry of the model's state is infinite or NaN."""
+    return bool(torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all())
 
 
 def reset_optimizer(optimizer):
@@ -126,6 +163,29 @@ def keyed_generator(*key):
     """A CPU generator that depends on its key alone, e.g. (seed, "client", r, k), on no order."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def processes():
+    """(rank, number) of torch.distributed's processes, (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_out(clients, sizes, rank, count):
+    """Process `rank`'s part of the clients: largest first, each to the process with least to do."""
+    loads, owner = [0] * count, {}
+    for size, k in sorted(zip(sizes, clients), reverse=True):
+        owner[k] = loads.index(min(loads))
+        loads[owner[k]] += size
+    return [k for k in clients if owner[k] == rank]
+
+
+def gather(reports):
+    """All processes' reports in one dict."""
+    if not dist.is_initialized():
+        return reports
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, reports)
+    return {k: report for part in parts for k, report in part.items()}
 
 
 if __name__ == "__main__":

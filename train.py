@@ -9,21 +9,28 @@ training images), metrics.jsonl (a line a round) and last.pt (after every round)
 `python eval.py runs/NAME/last.pt` evaluates.
 """
 import argparse
+import contextlib
+import copy
+import io
 import json
 import math
 import os
 import platform
+import signal
 import sys
+import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 
 from data import DATASETS, dirichlet_split, load_dataset, two_views
 from eval import OneLineParser, encode, knn_accuracy, load_checkpoint, pick_device, uniformity
-from federated import keyed_generator, train_federated
+from federated import keyed_generator, processes, train_federated
 from losses import scaling_vectors, ssd_loss
 from model import SSDNet, bf16_is_fast
 
@@ -37,6 +44,7 @@ METHODS = {
     "hsd": {"gamma": 0.0, "delta": 0.0},
 }
 MAY_CHANGE = {"resume", "rounds", "device", "data_dir"}  # on --resume; the rest is the checkpoint's
+CLEAR = "\r\033[K" if sys.stderr.isatty() else ""  # wipes the progress line of a terminal
 MONITOR_TRAIN, MONITOR_TEST = 2000, 1000  # images of each round's kNN; eval.py takes all
 
 # ---------------------------------------------------------------------------- flags
@@ -75,7 +83,8 @@ def build_parser():
     add("--split-file", help="use this split instead: JSON, client -> indices, as split.json")
     add("--participation", type=number(float, above=0, high=1), default=1.0,
         help="share of the clients that take part in a round (%(default)s)")
-    add("--rounds", type=number(int, 1), default=100, help="communication rounds (%(default)s)")
+    add("--rounds", type=number(int, 0), default=100,
+        help="communication rounds; 0 leaves the untrained network, to compare (%(default)s)")
     add("--local-epochs", type=number(int, 1), default=5,
         help="epochs on a client in a round (%(default)s)")
     add = parser.add_argument_group(
@@ -103,6 +112,8 @@ def build_parser():
         help="of split, initial weights, d_k, batches and views (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (where it is fast)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile and CUDA graphs (%(default)s)")
     add("--out", help="run folder (a new one under runs/)")
     add("--resume", metavar="LAST_PT", help="go on with a checkpoint and its flags; "
         "--rounds may be raised")
@@ -118,8 +129,8 @@ def read_config(parser, argv):
         method = METHODS[given.get("method", defaults["method"])]
         return {**defaults, **method, **given}, None, None
     checkpoint, model = load_checkpoint(given["resume"])
-    folder = str(Path(given["resume"]).parent)
-    config = {**defaults, **checkpoint["config"], "out": folder, "device": "auto"}
+    config = vars(parser.parse_args(as_flags(checkpoint["config"])))  # as strict as with a user
+    config |= {"out": str(Path(given["resume"]).parent), "device": "auto"}
     for flag in given.keys() - MAY_CHANGE:
         if given[flag] != config[flag]:
             name = flag.replace("_", "-")
@@ -131,47 +142,58 @@ def read_config(parser, argv):
     return config, checkpoint, model
 
 
+def as_flags(config):
+    """A config dict as the command line that gives it."""
+    return [f"--{flag.replace('_', '-')}={value}" if type(value) is not bool else
+            f"--{'' if value else 'no-'}{flag.replace('_', '-')}"
+            for flag, value in config.items() if value is not None]
+
+
 # ---------------------------------------------------------------------------- split, loss, monitor
 
 
-def make_split(config, labels):
-    """Clients' index arrays over all training images, or --limit of them: Dirichlet or a file."""
+def make_split(config, labels, checkpoint):
+    """Clients' index arrays over all training images, or --limit of them.
+
+    From the checkpoint, if any, else from --split-file, else by Dirichlet.
+    """
     pool, limit = np.arange(len(labels)), config["limit"]
     if limit:
         if limit > len(labels):
             raise ValueError(f"--limit {limit}: there are only {len(labels)} training images")
         pool = torch.randperm(len(labels), generator=keyed_generator("limit"))[:limit]
         pool = pool.sort().values.numpy()
-    if config["split_file"]:
-        split = read_split(config["split_file"], pool)
-        if config["clients"] not in (None, len(split)):
-            raise ValueError(f"--clients {config['clients']}: the split file has {len(split)}")
-        return split
-    parts = dirichlet_split(labels.numpy()[pool], config["clients"] or 10, config["alpha"],
-                            config["seed"])
-    return [pool[part] for part in parts]
+    if not (checkpoint or config["split_file"]):
+        parts = dirichlet_split(labels.numpy()[pool], config["clients"] or 10, config["alpha"],
+                                config["seed"])
+        return [pool[part] for part in parts]
+    where = config["resume"] if checkpoint else f"split file {config['split_file']}"
+    parts = checkpoint["split"] if checkpoint else read_split(config["split_file"])
+    split = [np.sort(np.asarray(part)) for part in parts]
+    if not split or min(map(len, split)) < 2:
+        raise ValueError(f"{where}: every client needs at least 2 images")
+    index, count = np.unique(np.concatenate(split), return_counts=True)
+    for which, what in ((index[count > 1], "names twice"),
+                        (np.setdiff1d(index, pool), "names, though it is not trained on,"),
+                        (np.setdiff1d(pool, index), "leaves out")):
+        if len(which):
+            raise ValueError(f"{where} {what} image {which[0]} ({len(which)} such): it must be a "
+                             f"partition of the {len(pool)} training images")
+    if config["clients"] not in (None, len(split)):
+        raise ValueError(f"--clients {config['clients']}: {where} has {len(split)}")
+    return split
 
 
-def read_split(path, pool):
-    """JSON list or object of index lists -> arrays; ValueError if they are no partition of pool."""
+def read_split(path):
+    """JSON, list or object of index lists -> list of int64 arrays; ValueError if it is another."""
     try:
         parts = json.loads(Path(path).read_text())
         parts = list(parts.values()) if isinstance(parts, dict) else parts
         if not all(type(index) is int for part in parts for index in part):
             raise TypeError
-        parts = [np.array(sorted(part), dtype=np.int64) for part in parts]
-    except (TypeError, ValueError, OverflowError) as error:
+        return [np.array(part, dtype=np.int64) for part in parts]
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"split file {path} must be JSON, a list of lists of indices") from error
-    if not parts or min(map(len, parts)) < 2:
-        raise ValueError(f"split file {path}: every client needs at least 2 images")
-    index, count = np.unique(np.concatenate(parts), return_counts=True)
-    for which, what in ((index[count > 1], "names twice"),
-                        (np.setdiff1d(index, pool), "names, though it is not trained on,"),
-                        (np.setdiff1d(pool, index), "leaves out")):
-        if len(which):
-            raise ValueError(f"split file {path} {what} image {which[0]} ({len(which)} such): it "
-                             f"must be a partition of the {len(pool)} training images")
-    return parts
 
 
 def make_loss(config, num_clients, device):
@@ -180,11 +202,18 @@ def make_loss(config, num_clients, device):
     d = d.to(device)
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
 
-    def loss(model, images, k, generator):
-        x1, x2 = two_views(images, generator)
+    def from_views(model, x1, x2, d_k):
         with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
             (h1, u1), (h2, u2) = model(x1), model(x2)  # BatchNorm sees one view at a time
-        return ssd_loss(h1, u1, h2, u2, d[k], **weights, hard=config["method"] == "hsd")
+        return ssd_loss(h1, u1, h2, u2, d_k, **weights, hard=config["method"] == "hsd")
+
+    compiled = (torch.compile(from_views, mode="reduce-overhead", dynamic=False)
+                if config["compile"] else from_views)
+
+    def loss(model, images, k, generator):
+        # random numbers stay out of compiled code, and so does a small client's short batch
+        full = len(images) == config["batch_size"]
+        return (compiled if full else from_views)(model, *two_views(images, generator), d[k])
     return loss
 
 
@@ -207,8 +236,8 @@ def make_monitor(config, data, pool):
 # ---------------------------------------------------------------------------- run folder
 
 
-def open_run(config, split, device):
-    """Make a new run folder with config.json, split.json and an empty metrics.jsonl."""
+def open_run(config, split, model, device):
+    """Make the run folder, whole or not at all, with a checkpoint of the untrained network."""
     if config["out"] is None:
         name = Path(config["dataset"]).name
         name = f"runs/{name}-{config['method']}-k{len(split)}-seed{config['seed']}"
@@ -217,16 +246,21 @@ def open_run(config, split, device):
     folder = Path(config["out"])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose another --out, or --resume its last.pt")
-    folder.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {"python": platform.python_version(), "numpy": np.__version__,
                 "torch": torch.__version__, "torchvision": torchvision.__version__}
     record = {**config, "versions": versions, "device_name": f"{device} {name}",
-              "threads": torch.get_num_threads()}
+              "threads": torch.get_num_threads(), "processes": processes()[1]}
     clients = {k: part.tolist() for k, part in enumerate(split)}
-    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "split.json").write_text(json.dumps(clients) + "\n")
-    (folder / "metrics.jsonl").touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as parent:
+        unfinished = Path(parent) / "run"
+        unfinished.mkdir()
+        (unfinished / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+        (unfinished / "split.json").write_text(json.dumps(clients) + "\n")
+        (unfinished / "metrics.jsonl").touch()
+        save(unfinished, 0, config, split, model)
+        unfinished.replace(folder)
     return folder
 
 
@@ -234,100 +268,157 @@ def reopen_run(config, rounds_done):
     """The checkpoint's run folder, with metrics.jsonl cut back to the rounds that it holds."""
     metrics = Path(config["out"]) / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)[:rounds_done]
-    write_whole(metrics, lambda file: file.writelines(lines))
+    write_whole(metrics, b"".join(lines))
     return metrics.parent
 
 
-def write_whole(path, write):
+def save(folder, rounds_done, config, split, model):
+    """Write folder/last.pt: tensors and plain values, all that --resume and eval.py need."""
+    state = {"round": rounds_done, "config": config,
+             "split": [torch.from_numpy(part) for part in split],
+             "model": {name: value.cpu() for name, value in model.state_dict().items()}}
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(folder / "last.pt", content.getvalue())
+
+
+def write_whole(path, content):
     """Write a file completely or not at all: beside it, out to the disk, then into its place."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def leave_in_order(folder):
+    """Turn what can end a run early into one line that says how to go on, and an exit status."""
+    go_on = f"Go on with: python train.py --resume {folder}/last.pt"
+    try:
+        yield
+        return
+    except KeyboardInterrupt:  # Ctrl-C, or SIGTERM
+        status, why = 130, f"stopped. {go_on}"
+    except FloatingPointError as error:
+        status, why = 1, f"{error}. {folder} keeps the rounds before: start anew with a lower --lr"
+    except OSError as error:
+        status, why = 1, f"{error}. The last checkpoint is whole. {go_on}"
+    except dist.DistError as error:
+        status, why = 1, f"another process has died ({str(error).splitlines()[0]}). {go_on}"
+    if not processes()[0]:
+        print(f"{CLEAR}{why}", file=sys.stderr, flush=True)
+    os._exit(status) if dist.is_initialized() else sys.exit(status)  # no waiting for the others
+
+
+def meet():
+    """Wait for all processes; leave, silently, if one has found a mistake and gone."""
+    try:
+        dist.all_reduce(torch.zeros(1))
+    except RuntimeError:
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------- training
 
 
-def run(config, checkpoint, model, monitor, loss, data, split, device, folder):
-    """All rounds: train, score, print a line, append it to metrics.jsonl, write last.pt."""
+def run(config, first, model, monitor, loss, data, split, folder):
+    """All rounds from `first` on: train, score, print a line, append it to metrics.jsonl, save."""
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"],
                                 weight_decay=config["weight_decay"])
-    terminal = sys.stderr.isatty()
+    rank, _ = processes()
+    device = next(model.parameters()).device
 
     def progress(done, of):
-        if terminal:
-            print(f"\r\033[Kclient {done + 1} of {of}", end="", file=sys.stderr, flush=True)
+        if CLEAR and not rank:
+            print(f"{CLEAR}client {done + 1} of {of}", end="", file=sys.stderr, flush=True)
 
-    first = checkpoint["round"] if checkpoint else 0
     begun = tick = time.time()
     for r, report in train_federated(
             model, optimizer, data.train_x.to(device), split, loss, config["rounds"], first,
             participation=config["participation"], local_epochs=config["local_epochs"],
             batch_size=config["batch_size"], seed=config["seed"], progress=progress):
-        terms = report["terms"]
-        if not all(map(math.isfinite, terms.values())):
-            sys.exit(f"round {r + 1}: the loss is not finite ({terms}): lower --lr. {folder} keeps "
-                     f"the {r} rounds before")
+        if rank:
+            continue  # the first process scores and writes
+        terms, left_out = report["terms"], report["left_out"]
         scores = monitor(model)
         seconds, tick = time.time() - tick, time.time()
         line = {"round": r + 1, "lr": config["lr"], "clients": report["clients"],
-                "seconds": round(seconds, 2), **terms, **scores}
+                "left_out": left_out, "seconds": round(seconds, 2), **terms, **scores}
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        state = {"round": r + 1, "config": config,
-                 "split": [torch.from_numpy(part) for part in split],
-                 "model": {name: value.cpu() for name, value in model.state_dict().items()}}
-        write_whole(folder / "last.pt", lambda file: torch.save(state, file))
+        save(folder, r + 1, config, split, model)
         minutes = (time.time() - begun) / (r + 1 - first) * (config["rounds"] - r - 1) / 60
-        print("\r\033[K" if terminal else "", end="", file=sys.stderr, flush=True)
+        print(CLEAR, end="", file=sys.stderr, flush=True)
         print(f"round {r + 1:3d}/{config['rounds']}  "
               + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-              + f"  kNN {scores['knn']:.1f} %  {seconds:.1f} s  {minutes:.1f} min left", flush=True)
+              + f"  kNN {scores['knn']:.1f} %  {seconds:.1f} s  {minutes:.1f} min left"
+              + (f"  left out, not finite: client {left_out}" if left_out else ""), flush=True)
+
+
+def prepare(parser, argv):
+    """Flags -> config, checkpoint's round, data, split, network, untrained network, run folder."""
+    config, checkpoint, model = read_config(parser, argv)
+    rank, count = processes()
+    if count > 1 and torch.cuda.is_available() and config["device"] in ("auto", "cuda"):
+        config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(config["device"])
+    if config["amp"] is None:
+        config["amp"] = bf16_is_fast(device)
+    if config["method"] == "hsd" and config["scale"] == 1:
+        raise ValueError("--method hsd needs --scale other than 1: it marks own dimensions")
+    data = load_dataset(config["dataset"], config["data_dir"])
+    split = make_split(config, data.train_y, checkpoint)
+    torch.manual_seed(config["seed"])
+    untrained = SSDNet(config["width"], projector=config["projector"])
+    untrained = untrained.to(device, memory_format=torch.channels_last)
+    model = model.to(device) if checkpoint else copy.deepcopy(untrained)
+    first, folder = checkpoint["round"] if checkpoint else 0, None
+    if not rank:
+        folder = reopen_run(config, first) if checkpoint else open_run(config, split, model, device)
+    return config, first, data, split, model, untrained, folder
 
 
 def main(argv=None):
     """Flags -> data, split, network -> rounds -> run folder."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = build_parser()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # torchrun
+        dist.init_process_group(timeout=timedelta(days=1))
+    rank, count = processes()
+    if rank:
+        sys.stdout = None  # one process speaks, and checks everything before the others begin
+        meet()
     try:
-        config, checkpoint, model = read_config(parser, argv)
-        device = pick_device(config["device"])
-        if config["amp"] is None:
-            config["amp"] = bf16_is_fast(device)
-        if config["method"] == "hsd" and config["scale"] == 1:
-            raise ValueError("--method hsd needs --scale other than 1: it marks own dimensions")
-        data = load_dataset(config["dataset"], config["data_dir"])
-        if checkpoint:
-            split = [part.numpy() for part in checkpoint["split"]]
-            if max(part.max() for part in split) >= len(data.train_y):
-                raise ValueError(f"{config['dataset']} has fewer images than the run's split")
-            folder = reopen_run(config, checkpoint["round"])
-        else:
-            split = make_split(config, data.train_y)
-            folder = open_run(config, split, device)
+        config, first, data, split, model, untrained, folder = prepare(parser, argv)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    torch.manual_seed(config["seed"])
-    untrained = SSDNet(config["width"], projector=config["projector"])
-    untrained = untrained.to(device, memory_format=torch.channels_last)
-    monitor = make_monitor(config, data, np.concatenate(split))
-    knn_before = monitor(untrained)["knn"]
-    sizes = [len(part) for part in split]
-    precision = "bfloat16" if config["amp"] else "float32"
-    print(f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} clients "
-          f"with {min(sizes):,} to {max(sizes):,}, {device}, {precision}")
-    model = model.to(device) if checkpoint else untrained
-    loss = make_loss(config, len(split), device)
-    run(config, checkpoint, model, monitor, loss, data, split, device, folder)
-    print(f"""
-kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {knn_before:.1f} % \
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped before the first round\n")
+    if count > 1 and not rank:
+        meet()  # lets the others begin
+    device, sizes = next(model.parameters()).device, [len(part) for part in split]
+    with leave_in_order(folder):
+        print(f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} "
+              f"clients with {min(sizes):,} to {max(sizes):,}, {device}, "
+              f"{'bfloat16' if config['amp'] else 'float32'}"
+              + (f", {count} processes" if count > 1 else ""), flush=True)
+        monitor = make_monitor(config, data, np.concatenate(split))
+        loss = make_loss(config, len(split), device)
+        run(config, first, model, monitor, loss, data, split, folder)
+        print(f"""
+kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {monitor(untrained)['knn']:.1f} % \
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
 next: python eval.py {folder}/last.pt
       (linear probe, kNN on all images, uniformity, effective rank)
       python train.py --resume {folder}/last.pt --rounds {2 * config['rounds']}""")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

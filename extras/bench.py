@@ -1,16 +1,17 @@
 """What a training step costs, from the usual pipeline to ours: one change a row, all in one run.
 
-    python extras/bench.py --quick              # three minutes on two CPU cores
-    python extras/bench.py                      # more and longer blocks, and a compiled row
+    python extras/bench.py --quick      # three minutes on two CPU cores
+    python extras/bench.py              # more and longer blocks, and a compiled row
 
 The step: a batch in two views, encoder + projector forward and backward, SSD's loss, SGD. Rows are
 timed in interleaved blocks, so that a slow moment of the machine hits all of them; a row's figure
 is the median over the blocks, +- half the distance between the quartiles. The first row is the
 pipeline that this field's codes have: torchvision's transforms image by image in four DataLoader
-workers, float32, two forwards, every loss term read after every step.
+workers, float32, two forwards, every loss term read after every step. The rows below it run
+train.py's own loss through federated.py's local training.
 """
 
-import argparse
+import math
 import platform
 import statistics
 import sys
@@ -28,6 +29,7 @@ from eval import OneLineParser, pick_device  # noqa: E402
 from federated import average_states, keyed_generator, reset_optimizer, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
 from model import SSDNet, bf16_is_fast  # noqa: E402
+from train import build_parser, make_loss, number  # noqa: E402
 
 PAPER_STEPS = 192_500  # CIFAR-10, 10 clients, 100 rounds, 5 local epochs
 
@@ -56,67 +58,42 @@ class TwoViewDataset(torch.utils.data.Dataset):
 
 
 class Row:
-    """One configuration of the step: a network, an optimiser and a loss of its own."""
+    """One configuration of the step, with a network and an optimiser of its own."""
 
-    def __init__(
-        self,
-        name,
-        args,
-        device,
-        *,
-        loader=False,
-        channels_last=True,
-        amp=True,
-        sync=False,
-        compiled=False,
-    ):
+    def __init__(self, name, args, device, *, loader=False, nchw=False, sync=False, **config):
         torch.manual_seed(0)
-        self.name, self.args, self.device, self.loader = name, args, device, loader
-        self.net = SSDNet(args.width).to(device)
-        if channels_last:
-            self.net = self.net.to(memory_format=torch.channels_last)
+        self.name, self.device, self.loader, self.size = name, device, loader, args.batch_size
+        layout = torch.contiguous_format if nchw else torch.channels_last
+        self.net = SSDNet(args.width).to(device, memory_format=layout)
         self.optimizer = torch.optim.SGD(self.net.parameters(), 0.1, 0.9, weight_decay=1e-4)
-        d_k = scaling_vectors(10, 8 * args.width)[0].to(device)
+        config = {**vars(build_parser().parse_args([])), **vars(args), **config}
+        self.loss = make_loss({**config, "gamma": 1.0, "delta": 0.1}, 10, device)
+        self.d_k, self.sync = scaling_vectors(10, 8 * args.width)[0].to(device), sync
 
-        def from_views(x1, x2):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                (h1, u1), (h2, u2) = self.net(x1), self.net(x2)
-            return ssd_loss(h1, u1, h2, u2, d_k)
+    def local_loss(self, model, images, k, generator):
+        """The loss as train.py has it, or with its terms read after every step."""
+        value, terms = self.loss(model, images, k, generator)
+        return value, {name: term.item() for name, term in terms.items()} if self.sync else terms
 
-        self.from_views = (
-            torch.compile(from_views, mode="reduce-overhead") if compiled else from_views
-        )
-
-        def loss(model, images, k, generator):
-            value, terms = self.from_views(*two_views(images, generator))
-            return value, {name: term.item() for name, term in terms.items()} if sync else terms
-
-        self.loss = loss
-
-    def run(self, images, generator):
-        """One local epoch of full batches over `images`: seconds a step."""
-        steps, size = len(images) // self.args.batch_size, self.args.batch_size
+    def epoch(self, images, generator):
+        """One local epoch over `images`: seconds a step."""
         start = wait(self.device)
         if self.loader:
-            for x1, x2 in torch.utils.data.DataLoader(TwoViewDataset(images), size, num_workers=4):
-                value, terms = self.from_views(x1.to(self.device), x2.to(self.device))
+            for x1, x2 in torch.utils.data.DataLoader(
+                TwoViewDataset(images), self.size, num_workers=4
+            ):
+                (h1, u1), (h2, u2) = self.net(x1.to(self.device)), self.net(x2.to(self.device))
+                value, terms = ssd_loss(h1, u1, h2, u2, self.d_k)
                 self.optimizer.zero_grad()
                 value.backward()
                 self.optimizer.step()
                 {name: term.item() for name, term in terms.items()}
         else:
+            own = range(len(images))
             train_client(
-                self.net,
-                self.optimizer,
-                images,
-                range(len(images)),
-                self.loss,
-                0,
-                generator,
-                1,
-                size,
+                self.net, self.optimizer, images, own, self.local_loss, 0, generator, 1, self.size
             )
-        return (wait(self.device) - start) / steps
+        return (wait(self.device) - start) / (len(images) // self.size)
 
 
 def wait(device):
@@ -157,30 +134,29 @@ def step_flops(args):
     return counter.get_total_flops() / len(batch) * 2 * args.batch_size
 
 
-def shares(row, images, generator):
-    """Seconds of each part of a step (and per client) of one row, every part waited for."""
-    device, size = row.device, row.args.batch_size
-    batch = images[:size]
-    x1, x2 = two_views(batch, generator)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
-        (h1, u1), (h2, u2) = row.net(x1), row.net(x2)
-    outputs = [v.detach().float().requires_grad_() for v in (h1, u1, h2, u2)]
-    d_k = scaling_vectors(10, 8 * row.args.width)[0].to(device)
-    state = row.net.state_dict()
+def shares(row, images, generator, amp):
+    """Seconds of each part of a step, and of the work per client, of one row; each waited for."""
+    device, net = row.device, row.net
+    images = images[: row.size]
+    views, state = two_views(images, generator), net.state_dict()
+
+    def forward():
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            return [part for view in views for part in net(view)]
 
     def forward_backward():
-        value, _ = row.from_views(x1, x2)
         row.optimizer.zero_grad()
-        value.backward()
+        sum(part.float().sum() for part in forward()).backward()
 
-    losses = timed(device, lambda: ssd_loss(*outputs, d_k)[0].backward())
+    outputs = [part.detach().float().requires_grad_() for part in forward()]
     return {
-        "views": timed(device, lambda: two_views(batch, generator)),
-        "forward and backward": timed(device, forward_backward) - losses,
-        "losses": losses,
+        "views": timed(device, lambda: two_views(images, generator)),
+        "forward": timed(device, forward),
+        "forward and backward": timed(device, forward_backward),
+        "losses": timed(device, lambda: ssd_loss(*outputs, row.d_k)[0].backward()),
         "optimiser": timed(device, row.optimizer.step),
-        "per client: reset": timed(
-            device, lambda: (row.net.load_state_dict(state), reset_optimizer(row.optimizer))
+        "per client: load and reset": timed(
+            device, lambda: (net.load_state_dict(state), reset_optimizer(row.optimizer))
         ),
         "per client: averaging": timed(device, lambda: average_states([state] * 4, [1] * 4)) / 4,
     }
@@ -189,85 +165,70 @@ def shares(row, images, generator):
 def main():
     """Print the machine, the table, the parts of a step and the time of the paper's run."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 short blocks")
-    parser.add_argument("--width", type=int, default=64, help="of the network (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images a step (%(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (%(default)s)")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="5 short blocks")
+    add("--width", type=number(int, 1), default=64, help="of the network (%(default)s)")
+    add("--batch-size", type=number(int, 2), default=128, help="images a step (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda ... (%(default)s)")
     args = parser.parse_args()
     try:
         device = pick_device(args.device)
     except ValueError as error:
         parser.error(str(error))
     cuda, amp = device.type == "cuda", bf16_is_fast(device)
-    blocks, steps = (5, 20 if cuda else 2) if args.quick else (9, 50 if cuda else 4)
+    blocks, steps = (5, 20 if cuda else 1) if args.quick else (9, 50 if cuda else 3)
     fp32, bf16, copy = peaks(device)
-    name = (
-        torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
-    )
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     print(
         f"{device} {name}, torch {torch.__version__}, {torch.get_num_threads()} threads; measured: "
         f"matmul {fp32:.2f} TFLOP/s float32, {bf16:.2f} bfloat16; copy {copy:.0f} GB/s\n"
         f"width {args.width}, {args.batch_size} images in two views, {step_flops(args) / 1e12:.3f} "
-        f"TFLOP a step; {blocks} blocks of {steps} steps\n"
+        f"TFLOP a step; {blocks} interleaved blocks of {steps} steps a row\n",
+        flush=True,
     )
+    plain = {"nchw": True, "amp": False, "sync": True}
     rows = [
-        Row(
-            "per-sample transforms, 4 workers",
-            args,
-            device,
-            loader=True,
-            channels_last=False,
-            amp=False,
-            sync=True,
-        ),
-        Row(
-            "views on the device, batched", args, device, channels_last=False, amp=False, sync=True
-        ),
+        Row("per-sample transforms, 4 workers", args, device, loader=True, **plain),
+        Row("views on the device, batched", args, device, **plain),
         Row("+ channels-last", args, device, amp=False, sync=True),
         Row("+ bfloat16 autocast", args, device, amp=amp, sync=True),
-        Row("+ no wait inside an epoch (ours)", args, device, amp=amp),
+        Row("+ no wait inside an epoch: ours", args, device, amp=amp),
     ]
+    ours = rows[-1]
     if cuda or not args.quick:
-        rows.append(Row("+ torch.compile", args, device, amp=amp, compiled=True))
+        rows.append(Row("+ --compile", args, device, amp=amp, compile=True))
     images = torch.randint(256, (steps * args.batch_size, 3, 32, 32), dtype=torch.uint8)
-    times, memory = {row: [] for row in rows}, {}
-    for row in rows:  # warm-up; for the compiled row this is the compilation
+    where = {row: images if row.loader else images.to(device) for row in rows}
+    for row in rows:
         start = wait(device)
-        for _ in range(3 if cuda else 1):
-            row.run(
-                images[: args.batch_size * (10 if cuda else 1)].to("cpu" if row.loader else device),
-                keyed_generator("warm-up"),
-            )
-        if row.name.endswith("compile"):
-            print(f"compilation and warm-up {wait(device) - start:.0f} s\n")
+        row.epoch(where[row], keyed_generator("warm-up"))
+        if row.loss is rows[-1].loss and row is not ours:
+            print(f"compilation and the first {steps} steps: {wait(device) - start:.0f} s\n")
+    times, memory = {row: [] for row in rows}, {}
     for block in range(blocks):
         for row in rows:
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
-            there = images if row.loader else images.to(device)
-            times[row].append(row.run(there, keyed_generator("block", block)))
-            memory[row] = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None
-    print(
-        f"{'':34s}{'ms/step':>16s}{'views/s':>9s}{'x prev':>8s}{'x first':>8s}{'% matmul':>9s}"
-        + ("  peak MiB" if cuda else "")
-    )
-    medians = [statistics.median(times[row]) for row in rows]
+            times[row].append(row.epoch(where[row], keyed_generator("block", block)))
+            memory[row] = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan
+    print(f"{'':34s}{'ms/step':>15s}  views/s  x prev  x first  % matmul  peak MiB")
+    flops, medians = step_flops(args), [statistics.median(times[row]) for row in rows]
     for i, (row, median) in enumerate(zip(rows, medians)):
         low, _, high = statistics.quantiles(times[row], n=4)
         peak = bf16 if amp and i >= 3 else fp32
         print(
-            f"{row.name:34s}{1e3 * median:10.1f} +-{1e3 * (high - low) / 2:4.0f}"
+            f"{row.name:34s}{1e3 * median:8.1f} +-{1e3 * (high - low) / 2:4.0f}"
             f"{2 * args.batch_size / median:9.0f}{medians[max(0, i - 1)] / median:8.2f}"
-            f"{medians[0] / median:8.2f}{100 * step_flops(args) / median / 1e12 / peak:9.0f}"
-            + (f"{memory[row]:10.0f}" if cuda else "")
+            f"{medians[0] / median:9.2f}{100 * flops / median / 1e12 / peak:10.0f}"
+            + (f"{memory[row]:10.0f}" if cuda else "         -")
         )
-    ours = rows[4]
-    print("\nparts of a step (ours), each waited for:")
-    for part, seconds in shares(ours, images.to(device), keyed_generator("parts")).items():
-        print(f"  {part:24s}{1e3 * seconds:9.2f} ms")
+    print("\nparts of our step, each waited for (backward: the difference)")
+    for part, seconds in shares(ours, where[ours], keyed_generator("parts"), amp).items():
+        print(f"  {part:28s}{1e3 * seconds:9.2f} ms")
+    hours = [PAPER_STEPS * median / 3600 for median in medians]
     print(
-        f"\nthe paper's run of {PAPER_STEPS:,} steps: {PAPER_STEPS * medians[4] / 3600:.1f} h at our "
-        f"rate, {PAPER_STEPS * medians[0] / 3600:.1f} h at the first row's"
+        f"\nthe paper's run, {PAPER_STEPS:,} steps, at these rates: {hours[4]:.2f} h "
+        f"ours, {hours[0]:.2f} h for the first row"
     )
 
 

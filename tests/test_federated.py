@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import federated
@@ -13,6 +14,7 @@ from federated import (
     federated_round,
     keyed_generator,
     reset_optimizer,
+    share_out,
     train_client,
     train_federated,
 )
@@ -40,13 +42,11 @@ def sgd(net):
     return torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=1e-4)
 
 
-def run(net, rounds=2, split=SPLIT, **options):
+def run(net, rounds=2, split=SPLIT, loss=noisy_loss, **options):
     options = {"local_epochs": 2, "batch_size": 8, **options}
     return [
         report
-        for _, report in train_federated(
-            net, sgd(net), IMAGES, split, noisy_loss, rounds, **options
-        )
+        for _, report in train_federated(net, sgd(net), IMAGES, split, loss, rounds, **options)
     ]
 
 
@@ -175,7 +175,8 @@ def test_reports_are_averaged_by_samples():
 
 
 def test_another_rule_of_averaging_needs_no_edit():
-    def last_one_wins(states, weights):
+    def last_one_wins(states, weights, global_state):
+        assert same(global_state, small_net().state_dict())
         return list(states)[-1]
 
     net, expected = small_net(), small_net()
@@ -195,16 +196,15 @@ def test_another_rule_of_averaging_needs_no_edit():
 
 
 def test_only_weights_and_sample_counts_reach_the_averaging():
-    def inspect(states, weights):
-        assert weights == [10, 25, 25]
+    def inspect(states, weights, global_state):
         seen = list(states)
-        assert all(
-            value.shape == reference[name].shape for state in seen for name, value in state.items()
-        )
+        assert weights == [10, 25, 25]
+        for state in [*seen, global_state]:
+            assert [(n, v.shape) for n, v in state.items()] == shapes
         return average_states(seen, weights)
 
     net = small_net()
-    reference = net.state_dict()
+    shapes = [(name, value.shape) for name, value in net.state_dict().items()]
     run(net, rounds=1, average=inspect)
 
 
@@ -225,6 +225,89 @@ def test_a_client_sees_its_own_samples_only_and_every_batch_is_full():
     assert (
         len(torch.cat([batch for k, batch in seen[:1]]).flatten(1).unique(dim=0)) == 10
     )  # no sample twice
+
+
+# ------------------------------------------------------------------ clients that diverge
+
+
+def diverging(*bad, what="weights"):
+    """noisy_loss, but the clients `bad` end with weights, or a loss, that are not finite."""
+
+    def loss(model, batch, k, generator):
+        value, terms = noisy_loss(model, batch, k, generator)
+        if k in bad:
+            value = value * float("inf") if what == "weights" else value + float("nan")
+        return value, terms
+
+    return loss
+
+
+@pytest.mark.parametrize("what", ["weights", "loss"])
+def test_a_client_that_is_not_finite_is_left_out_and_named(what):
+    net, expected, states = small_net(), small_net(), []
+    for k in (0, 2):
+        own = copy.deepcopy(expected)
+        train_client(
+            own, sgd(own), IMAGES, SPLIT[k], noisy_loss, k, keyed_generator(0, "client", 0, k), 2, 8
+        )
+        states.append(own.state_dict())
+    options = {"local_epochs": 2, "batch_size": 8}
+    report = federated_round(net, sgd(net), IMAGES, SPLIT, diverging(1, what=what), 0, **options)
+    assert report["clients"] == [0, 1, 2] and report["left_out"] == [1]
+    assert report["terms"]["k"] == pytest.approx(25 * 2 / 35)
+    assert same(net.state_dict(), average_states(states, [10, 25]))
+
+
+def test_a_round_without_a_finite_client_is_an_error_and_keeps_the_weights():
+    net = small_net()
+    with pytest.raises(FloatingPointError, match="no client of round 4"):
+        federated_round(net, sgd(net), IMAGES, SPLIT, diverging(0, 1, 2), 3, batch_size=8)
+    assert same(net.state_dict(), small_net().state_dict())
+
+
+# ------------------------------------------------------------------ many processes
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_processes_share_every_client_once_largest_first(count):
+    sizes = [5, 90, 40, 45, 5]
+    parts = [share_out([2, 3, 5, 7, 9], sizes, rank, count) for rank in range(count)]
+    assert sorted(sum(parts, [])) == [2, 3, 5, 7, 9]
+    if count == 2:
+        assert parts == [[2, 3], [5, 7, 9]]
+
+
+def one_of_many(rank, count, store, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=count, init_method=f"file://{store}")
+    net = small_net()
+    reports = run(net, rounds=2, loss=diverging(1))
+    torch.save([net.state_dict(), reports], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_equal_one(count, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=one_of_many, args=(rank, count, tmp_path / "store", tmp_path))
+        for rank in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    net = small_net()
+    expected = run(net, rounds=2, loss=diverging(1))
+    for rank in range(count):
+        state, reports = torch.load(tmp_path / f"{rank}.pt")
+        assert [report["left_out"] for report in reports] == [[1], [1]]
+        assert [report["terms"] for report in reports] == [
+            pytest.approx(report["terms"], abs=1e-5) for report in expected
+        ]
+        for name, value in net.state_dict().items():
+            assert torch.allclose(state[name], value, atol=1e-6), name
 
 
 # ------------------------------------------------------------------ choice of clients and optimiser

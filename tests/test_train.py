@@ -183,15 +183,46 @@ def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
     assert same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
 
 
-def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch):
+def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch, capsys):
     train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
     before = Path("runs/a/last.pt").read_bytes()
     monkeypatch.setattr(
         train, "ssd_loss", lambda h1, *rest, **weights: (h1.sum() * float("nan"), {})
     )
-    with pytest.raises(SystemExit, match="round 2: the loss is not finite"):
+    with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and len(err.splitlines()) == 1
+    assert "no client of round 2 has a finite loss" in err and "lower --lr" in err
     assert Path("runs/a/last.pt").read_bytes() == before and len(lines()) == 1
+
+
+def test_a_client_that_diverges_is_named_on_the_terminal_and_in_the_metrics(monkeypatch, capsys):
+    real = train.make_loss
+
+    def poisoned(*arguments):
+        loss = real(*arguments)
+
+        def client_1_diverges(model, images, k, generator):
+            value, terms = loss(model, images, k, generator)
+            return (value * float("nan") if k == 1 else value), terms
+
+        return client_1_diverges
+
+    monkeypatch.setattr(train, "make_loss", poisoned)
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    assert "left out, not finite: client [1]" in capsys.readouterr().out
+    assert lines()[0]["left_out"] == [1] and lines()[0]["clients"] == [0, 1, 2]
+    assert all(value.isfinite().all() for value in weights().values())
+
+
+def test_no_rounds_leave_the_untrained_network():
+    train.main([*SMALL, "--rounds", "0", "--out", "runs/a"])
+    torch.manual_seed(0)
+    assert same(weights(), SSDNet(2).state_dict()) and lines() == []
+    train.main(["--resume", "runs/a/last.pt", "--rounds", "1"])
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/b"])
+    assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
 
 
 # ------------------------------------------------------------------ methods
@@ -274,7 +305,7 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
         (["--alpha", "0.001", "--clients", "11"], "alpha 0.001.*raise alpha"),
         (["--participation", "0"], "--participation"),
         (["--participation", "1.01"], "--participation.*at most 1"),
-        (["--rounds", "0"], "--rounds"),
+        (["--rounds", "-1"], "--rounds"),
         (["--local-epochs", "0"], "--local-epochs"),
         (["--limit", "0"], "--limit"),
         (["--limit", "121"], "--limit 121.*120"),
@@ -305,13 +336,14 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
         (["--split-file", "outside.json"], "image 120"),
         (["--split-file", "short.json"], "leaves out image 119"),
         (["--split-file", "lonely.json"], "at least 2"),
-        (["--split-file", "good.json"], "--clients 3: the split file has 2"),
+        (["--split-file", "good.json"], "--clients 3: split file good.json has 2"),
         (["--resume", "missing.pt"], "no checkpoint at missing.pt"),
         (["--resume", "garbage.pt"], "garbage.pt is not a checkpoint"),
         (["--resume", "shape.pt"], "shape.pt is not a checkpoint"),
         (["--out", "full"], "full is not empty"),
         (["--out", "not.json"], "not.json is not empty"),
         (["--out", "not.json/run"], "not.json"),
+        (["--out", "/proc/run"], "/proc"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys):
@@ -347,6 +379,65 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys
     assert len(err.strip().splitlines()) == 1, err
     assert re.search(words, err), err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class Code:
+    """A pickle of it creates a file when it is read without care."""
+
+    def __reduce__(self):
+        return open, ("was_run", "w")
+
+
+def with_config(**values):
+    return lambda checkpoint: checkpoint["config"].update(values)
+
+
+def with_split(*parts):
+    return lambda checkpoint: checkpoint.update(split=[torch.as_tensor(part) for part in parts])
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (with_config(batch_size="x"), "--batch-size.*'x'"),
+        (with_config(lr=[1]), "--lr"),
+        (with_config(lr=float("nan")), "--lr.*nan"),
+        (with_config(width=10**9), "not a checkpoint"),
+        (with_config(width="4"), "not a checkpoint"),
+        (with_config(local_epochs=-1), "--local-epochs"),
+        (with_config(method="../x"), "--method"),
+        (with_config(dataset="../x"), "'../x'"),
+        (with_config(no_such_flag=1), "--no-such-flag"),
+        (with_config(clients=2), "--clients 2.*has 3"),
+        (with_split(*PARTITION[:1], PARTITION[0]), "names twice image 0"),
+        (with_split(*PARTITION, [120, 121]), "image 120"),
+        (with_split(*PARTITION, [-1, -2]), "not a checkpoint"),
+        (with_split(PARTITION[0]), "leaves out image 60"),
+        (with_split(PARTITION), "not a checkpoint"),
+        (with_split([0.5, 1.5]), "not a checkpoint"),
+        (with_split(), "at least 2"),
+        (lambda checkpoint: checkpoint.update(round="1"), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.update(round=-1), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.update(round=2), "--rounds 1: 2 are done"),
+        (lambda checkpoint: checkpoint.update(model={}), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.update(model=Code()), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.pop("config"), "not a checkpoint"),
+    ],
+)
+def test_a_strangers_checkpoint_is_checked_before_it_is_used(spoil, words, tmp_path, capsys):
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    checkpoint = torch.load("runs/a/last.pt", weights_only=True)
+    spoil(checkpoint)
+    torch.save(checkpoint, "runs/a/last.pt")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "runs/a/last.pt"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(words, err), err
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_the_papers_command_without_data_says_what_to_do(tmp_path):
