@@ -2,16 +2,19 @@
 
     knn_accuracy       weighted k-nearest-neighbour vote, cosine similarity     per cent
     linear_probe       a linear classifier on frozen features                   per cent
+    fine_tune          the whole network, on a few labels                       per cent
     uniformity(_parts) log E exp(-t ||z - z'||^2), within and between clients   [-4t, 0]
     alignment          E ||z1 - z2||^2 over two views                           [0, 4]
     effective_rank     exp(entropy of the normalised singular values)           [1, D]
 
 A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
 
-    python eval.py runs/NAME/last.pt                       # width 32, CIFAR-10, two cores: 2 min
-    python eval.py runs/NAME/last.pt --dataset cifar100    # transfer to another data set
+    python eval.py runs/NAME/last.pt                                 # every protocol of the paper
+    python eval.py runs/NAME/last.pt --finetune                      # without fine-tuning
+    python eval.py runs/NAME/last.pt --dataset cifar100              # transfer
 """
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import load_dataset, two_views
+from data import augment, draw_params, load_dataset, two_views
 from model import SSDNet, bf16_is_fast
 
 # ---------------------------------------------------------------------------- measures
@@ -48,9 +51,7 @@ def linear_probe(train_h, train_y, test_h, test_y, epochs=200, lr=3e-3, batch_si
     head starts at zero and `seed` shuffles; the last epoch is what is reported.
     """
     train_h, test_h = train_h.float(), test_h.float()
-    head = torch.nn.Linear(train_h.shape[1], int(train_y.max()) + 1).to(train_h.device)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
+    head = _zero_head(train_h, train_y)
     optimizer = torch.optim.Adam(head.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
@@ -61,6 +62,52 @@ def linear_probe(train_h, train_y, test_h, test_y, epochs=200, lr=3e-3, batch_si
             optimizer.step()
     with torch.no_grad():
         return 100 * (head(test_h).argmax(1) == test_y).float().mean().item()
+
+
+def stratified(labels, fraction, seed=0):
+    """Indices of round(fraction * n_c) of each class's n_c samples, at least one: sorted int64."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = [order[labels[order] == c] for c in labels.unique()]
+    return torch.cat([own[:max(1, round(fraction * len(own)))] for own in by_class]).sort().values
+
+
+def fine_tune(model, train_x, train_y, test_x, test_y, epochs=200, lr=1e-3, head_lr=0.3,
+              batch_size=128, seed=0, amp=None):
+    """Train a copy of the encoder and a linear head on labelled images: per cent on the test set.
+
+    Images uint8 (N, 3, H, W), labels int64 (N,), all on the CPU. The paper's protocol: SGD with
+    momentum 0.9, lr 1e-3 for the encoder and 0.3 for the head, cross-entropy, RandomResizedCrop
+    with scale (0.64, 1) and flip. The head starts at zero, `seed` shuffles and crops; the
+    last epoch is what is reported. The model itself is not changed.
+    """
+    device = next(model.parameters()).device
+    amp = bf16_is_fast(device) if amp is None else amp
+    model, train_x, train_y = copy.deepcopy(model), train_x.to(device), train_y.to(device)
+    head = _zero_head(encode(model, test_x[:1])[0], train_y)
+    optimizer = torch.optim.SGD([{"params": model.encoder.parameters()},
+                                 {"params": head.parameters(), "lr": head_lr}], lr, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(train_x), generator=generator).to(device).split(batch_size):
+            params = draw_params(len(batch), *train_x.shape[2:], generator, (0.64, 1.0), 0.0, 0.0)
+            x = augment(train_x[batch], params)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                h = model.encoder(x)
+            optimizer.zero_grad()
+            F.cross_entropy(head(h.float()), train_y[batch]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        predicted = head(encode(model, test_x, amp)[0]).argmax(1)
+    return 100 * (predicted == test_y.to(device)).float().mean().item()
+
+
+def _zero_head(h, labels):
+    """A linear classifier of features like h (N, D) that starts at zero."""
+    head = torch.nn.Linear(h.shape[1], int(labels.max()) + 1).to(h.device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
 
 
 def uniformity_parts(h, client, t=2.0):
@@ -132,10 +179,11 @@ def encode(model, images, amp=None):
 # ---------------------------------------------------------------------------- script
 
 
-def evaluate(model, data, client_of=None, epochs=200, seed=0):
+def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
     """All measures of one network on `data` (`data.Images`), as a flat dict of floats.
 
-    Accuracies: trained on all training images, tested on all test images. Geometry of h and of
+    Accuracies: trained on all training images, fine-tuning on the fractions of them, tested on
+    all test images. Geometry of h and of
     z (the projector's output): on the test images. Intra- and inter-client parts: on at most 5,000
     training images, client_of (N,) telling the client that holds each, -1 for none; each is
     log E over the pairs of that kind, so that it compares with the whole.
@@ -149,6 +197,11 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0):
     (h1, u1), (h2, u2) = (encode(model, view) for view in views)
     scores = {"linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs, seed=seed),
               "knn": knn_accuracy(train_h, train_y, test_h, test_y)}
+    for fraction in fractions:
+        some = stratified(data.train_y, fraction, seed)
+        scores[f"finetune_{fraction:g}"] = fine_tune(
+            model, data.train_x[some], data.train_y[some], data.test_x, data.test_y, epochs,
+            seed=seed)
     for part, test, one, two in (("h", test_h, h1, h2), ("z", test_u, u1, u2)):
         scores[f"uniformity_{part}"] = uniformity(test)
         scores[f"alignment_{part}"] = alignment(one, two)
@@ -169,7 +222,10 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0):
 
 def print_scores(scores):
     """The table of `evaluate`; uniformity with the sign of the paper's tables."""
-    print(f"  linear probe {scores['linear_probe']:8.2f} %\n  kNN (k=200) {scores['knn']:9.2f} %\n")
+    print(f"  linear probe      {scores['linear_probe']:6.2f} %")
+    for key in (key for key in scores if key.startswith("finetune_")):
+        print(f"  fine-tuned, {100 * float(key[9:]):3g} % {scores[key]:6.2f} %")
+    print(f"  kNN (k=200)       {scores['knn']:6.2f} %\n")
     print("                        h        z\n                  encoder  projector")
     rows = (("-L_uniform", "uniformity", -1), ("  intra-client", "uniformity_intra", -1),
             ("  inter-client", "uniformity_inter", -1), ("alignment", "alignment", 1),
@@ -236,14 +292,20 @@ def main(argv=None):
     add("checkpoint", help="runs/NAME/last.pt, as train.py wrote it")
     add("--dataset", help="another data set than the checkpoint's (transfer)")
     add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
-    add("--epochs", type=int, default=200, help="of the linear probe (%(default)s, as the paper)")
-    add("--seed", type=int, default=0, help="of the probe's shuffling and the views (%(default)s)")
+    add("--epochs", type=int, default=200, help="of probe and fine-tuning (%(default)s, as paper)")
+    add("--finetune", type=float, nargs="*", default=[0.01, 0.1], metavar="SHARE",
+        help="shares of the labels to fine-tune on, none to leave it out (0.01 0.1, as the paper)")
+    add("--own-images", action="store_true",
+        help="take labels only of the images that the run's clients hold (a run with --limit)")
+    add("--seed", type=int, default=0, help="of label subsets, shuffling, views (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     args = parser.parse_args(argv)
     start, client_of = time.time(), None
     try:
         if args.epochs < 1:
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+        if not all(0 < share <= 1 for share in args.finetune):
+            raise ValueError(f"--finetune takes shares above 0, at most 1, got {args.finetune}")
         device = pick_device(args.device)
         checkpoint, model = load_checkpoint(args.checkpoint)
         config = checkpoint["config"]
@@ -253,16 +315,24 @@ def main(argv=None):
             client_of = torch.full((len(data.train_y),), -1)
             for k, index in enumerate(checkpoint["split"]):
                 client_of[index] = k
+        if args.own_images:
+            if client_of is None:
+                raise ValueError(f"--own-images: the run's clients hold none of {dataset}")
+            own, client_of = client_of >= 0, client_of[client_of >= 0]
+            data = data._replace(train_x=data.train_x[own], train_y=data.train_y[own])
     except (ValueError, OSError, IndexError) as error:
         parser.error(str(error))
     print(f"{args.checkpoint}: {config['method']}, {checkpoint['round']} rounds on "
           f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: "
           f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n")
-    scores = evaluate(model.to(device), data, client_of, args.epochs, args.seed)
+    scores = evaluate(model.to(device), data, client_of, args.epochs, args.seed, args.finetune)
     print_scores(scores)
-    protocol = f"Adam, lr 3e-3, batch 512, {args.epochs} epochs, raw h, un-augmented"
-    line = {"dataset": dataset, "round": checkpoint["round"], **scores, "probe": protocol,
-            "seed": args.seed, "device": str(device), "torch": torch.__version__,
+    probe = f"Adam, lr 3e-3, batch 512, {args.epochs} epochs, raw h, un-augmented, last epoch"
+    tuning = (f"SGD 0.9, lr 1e-3, head 0.3, batch 128, {args.epochs} epochs, crop 0.64..1, flip, "
+              "last epoch")
+    line = {"dataset": dataset, "round": checkpoint["round"], **scores, "probe": probe,
+            "finetune": tuning, "labels": len(data.train_y), "seed": args.seed,
+            "device": str(device), "torch": torch.__version__,
             "seconds": round(time.time() - start, 1)}
     record = Path(args.checkpoint).parent / "eval.jsonl"
     with record.open("a") as file:

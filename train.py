@@ -1,8 +1,10 @@
 """Train SSD, or one of its ablations, on K simulated clients: from data to checkpoint.
 
-    python train.py --clients 10 --alpha 0.1      # the paper's run: CIFAR-10, 100 rounds
-    python train.py --dataset shapes --width 16 --rounds 5 --local-epochs 1     # no download
+    python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
+    python train.py --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 \\
+        --local-epochs 1 --batch-size 64 --lr 0.03       # no download, two minutes on two cores
     python train.py --resume runs/NAME/last.pt
+    torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
 
 A run writes runs/NAME/: config.json (flags, versions, device), split.json (client -> indices of
 training images), metrics.jsonl (a line a round) and last.pt (after every round), which
@@ -306,6 +308,8 @@ def leave_in_order(folder):
         status, why = 130, f"stopped. {go_on}"
     except FloatingPointError as error:
         status, why = 1, f"{error}. {folder} keeps the rounds before: start anew with a lower --lr"
+    except torch.OutOfMemoryError:
+        status, why = 1, "out of GPU memory: start anew with a smaller --batch-size or --width"
     except OSError as error:
         status, why = 1, f"{error}. The last checkpoint is whole. {go_on}"
     except dist.DistError as error:
@@ -377,8 +381,10 @@ def prepare(parser, argv):
     untrained = SSDNet(config["width"], projector=config["projector"])
     untrained = untrained.to(device, memory_format=torch.channels_last)
     model = model.to(device) if checkpoint else copy.deepcopy(untrained)
-    first, folder = checkpoint["round"] if checkpoint else 0, None
-    if not rank:
+    first = checkpoint["round"] if checkpoint else 0
+    if rank:
+        folder = None
+    else:
         folder = reopen_run(config, first) if checkpoint else open_run(config, split, model, device)
     return config, first, data, split, model, untrained, folder
 
@@ -416,7 +422,7 @@ kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {monitor(untrained)[
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
 next: python eval.py {folder}/last.pt
       (linear probe, kNN on all images, uniformity, effective rank)
-      python train.py --resume {folder}/last.pt --rounds {2 * config['rounds']}""")
+      python train.py --resume {folder}/last.pt --rounds {2 * config['rounds'] or 10}""")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -14,9 +14,11 @@ from eval import (
     alignment,
     effective_rank,
     encode,
+    fine_tune,
     knn_accuracy,
     linear_probe,
     load_checkpoint,
+    stratified,
     uniformity,
     uniformity_parts,
 )
@@ -62,6 +64,36 @@ def test_linear_probe_solves_what_is_linear_and_not_what_is_not():
         for s in (0, 0)
     }
     assert len(runs) == 1
+
+
+def test_a_stratified_subset_has_its_share_of_every_class():
+    labels = torch.tensor([0] * 100 + [1] * 40 + [2] * 3)[torch.randperm(143)]
+    chosen = stratified(labels, 0.1)
+    assert torch.bincount(labels[chosen]).tolist() == [10, 4, 1]  # at least one of each
+    assert torch.equal(chosen, chosen.unique()) and torch.equal(chosen, stratified(labels, 0.1))
+    assert not torch.equal(chosen, stratified(labels, 0.1, seed=1))
+    assert torch.equal(stratified(labels, 1.0), torch.arange(143))
+
+
+def light_and_dark(n):
+    """Noise images of two classes, the second brighter."""
+    y = torch.arange(n) % 2
+    noise = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(n))
+    return (150 * noise + 100 * y.view(-1, 1, 1, 1)).byte(), y
+
+
+def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
+    net, seen = SSDNet(4), []
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    real = evaluation.encode
+    monkeypatch.setattr(evaluation, "encode", lambda m, *a: (seen.append(m), real(m, *a))[1])
+    train, test = light_and_dark(60), light_and_dark(200)
+    accuracy = fine_tune(net, *train, *test, epochs=20, batch_size=16)
+    assert accuracy > 95
+    assert accuracy == fine_tune(net, *train, *test, epochs=20, batch_size=16)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for name, value in seen[-1].state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("projector"), name
 
 
 def test_uniformity_is_the_training_loss_on_unit_rows():
@@ -166,8 +198,11 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
         json.loads(line) for line in (checkpoint.parent / "eval.jsonl").read_text().splitlines()
     ]
     assert len(lines) == 2 and lines[0]["dataset"] == "shapes" and lines[0]["round"] == 3
+    assert "fine-tuned,   1 %" in printed and "fine-tuned,  10 %" in printed
     for key in (
         "linear_probe",
+        "finetune_0.01",
+        "finetune_0.1",
         "knn",
         "uniformity_h",
         "uniformity_inter_z",
@@ -177,8 +212,19 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
         assert lines[0][key] == lines[1][key]  # reproducible
 
 
+def test_own_images_are_those_that_the_clients_hold(checkpoint, capsys):
+    flags = ["--epochs", "1", "--device", "cpu", "--finetune"]
+    evaluation.main([str(checkpoint), *flags, "--own-images"])
+    printed = capsys.readouterr().out
+    assert "150 training and 100 test" in printed and "fine-tuned" not in printed
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(checkpoint), *flags, "--own-images", "--dataset", "cifar10"])
+    assert stop.value.code == 2
+
+
 def test_transfer_has_no_clients(checkpoint, capsys):
-    evaluation.main([str(checkpoint), "--epochs", "1", "--dataset", "cifar10", "--device", "cpu"])
+    flags = ["--epochs", "1", "--dataset", "cifar10", "--device", "cpu", "--finetune"]
+    evaluation.main([str(checkpoint), *flags])
     assert "inter-client" not in capsys.readouterr().out
     assert json.loads((checkpoint.parent / "eval.jsonl").read_text())["dataset"] == "cifar10"
 
@@ -201,6 +247,15 @@ def save_without(key):
     return damage
 
 
+def with_config(**values):
+    def damage(path):
+        content = torch.load(path, weights_only=True)
+        content["config"].update(values)
+        torch.save(content, path)
+
+    return damage
+
+
 class Malicious:
     def __reduce__(self):
         return print, ("code from a checkpoint ran",)
@@ -214,12 +269,10 @@ class Malicious:
         lambda path: path.write_bytes(path.read_bytes()[:2000]),
         lambda path: path.unlink(),
         lambda path: torch.save(torch.ones(3), path),
-        lambda path: torch.save(
-            {"config": {"width": 10**9, "projector": True}, "model": SSDNet(4).state_dict()}, path
-        ),
-        lambda path: torch.save(
-            {"config": {"width": 8, "projector": True}, "model": SSDNet(4).state_dict()}, path
-        ),
+        with_config(width=10**9),
+        with_config(width=8),
+        with_config(width=None),
+        with_config(projector=False),
         lambda path: torch.save(Malicious(), path),
         save_without("model"),
         save_without("split"),
@@ -247,7 +300,16 @@ def test_a_checkpoint_comes_back_bit_equal(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--epochs", "0"], ["--epochs", "x"], ["--device", "tpu9"], ["--dataset", "no-such"]]
+    "flags",
+    [
+        ["--epochs", "0"],
+        ["--epochs", "x"],
+        ["--device", "tpu9"],
+        ["--dataset", "no-such"],
+        ["--finetune", "0"],
+        ["--finetune", "1.5"],
+        ["--finetune", "nan"],
+    ],
 )
 def test_bad_flags_are_one_line(checkpoint, flags, capsys, monkeypatch):
     monkeypatch.undo()

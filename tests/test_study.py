@@ -1,0 +1,79 @@
+"""extras/study.py: a table of methods and seeds that goes on where it was stopped."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
+
+import study
+
+import eval as evaluation
+import train
+from data import draw_shapes
+
+SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
+SMALL += "--local-epochs 1 --device cpu --no-amp".split()
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """The scripts run in this process, on 120 shapes; what was run is listed."""
+    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.chdir(tmp_path)
+    listed = []
+
+    def run(command, check):
+        script, flags = Path(command[1]).stem, [str(part) for part in command[2:]]
+        listed.append(script)
+        {"train": train, "eval": evaluation}[script].main(flags)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    return listed
+
+
+def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys):
+    command = ["runs", "--rows", "pd", "dsr --no-projector", "--seeds", "0", "1"]
+    command += ["--evaluation", "--epochs 1 --finetune 0.5", "--", *SMALL]
+    study.main(command)
+    assert calls == ["train", "eval"] * 4
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "dsr-no-projector-seed0",
+        "dsr-no-projector-seed1",
+        "pd-seed0",
+        "pd-seed1",
+    ]
+    printed = capsys.readouterr().out
+    study.main(command)
+    assert calls == ["train", "eval"] * 4  # all was there
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows == [line for line in printed.splitlines() if line.startswith("|")]
+    assert rows[0].startswith("| | LP % | kNN %") and len(rows) == 4
+    assert rows[2].startswith("| pd | ") and rows[2].endswith("| 2 |") and rows[2].count("±") >= 5
+    study.main([*command, "--rounds", "2"])  # goes on with the same runs
+    assert calls[8:] == ["train", "eval"] * 4
+
+
+def test_the_table_by_hand():
+    rows = {"a": [{"linear_probe": 40.0, "uniformity_h": -1.0}] * 1}
+    rows["b"] = [{"linear_probe": x, "uniformity_h": -x} for x in (1.0, 2.0, 3.0)]
+    assert study.table(rows).splitlines()[2:] == [
+        "| a | 40.00 | 1.000 | 1 |",
+        "| b | 2.00 ± 1.00 | 2.000 ± 1.000 | 3 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--rows", "fedavg"], "fedavg"),
+        (["--rows", "ssd --lr 0"], "--lr"),
+        (["--seeds", "x"], "'x'"),
+        (["--", "--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_mistake_is_found_before_the_first_run(calls, flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(["runs", *flags])
+    assert stop.value.code == 2 and words in capsys.readouterr().err and not calls
