@@ -122,17 +122,17 @@ def average_states(states, weights, global_state=None, all_reduce=False):
     has none takes its shapes from global_state.
     ValueError if there are more of one than of the other, or the weights do not add up to > 0.
     """
-    def weighted(state, weight):  # one vector: weight * every entry, then weight itself
-        flat = torch.cat([value.flatten().double() for value in state.values()])
-        return torch.cat([flat, flat.new_ones(1)]).mul_(weight)
+    def flat(state):  # all entries in one vector, and 1 in the last place
+        entries = [value.flatten().double() for value in state.values()]
+        return torch.cat([*entries, entries[0].new_ones(1)])
 
     like, total = global_state, None
     for like, weight in zip(states, weights, strict=True):
         if not 0 <= weight < math.inf:
             raise ValueError(f"average_states needs finite weights >= 0, got {weight}")
-        total = weighted(like, weight) if total is None else total.add_(weighted(like, weight))
+        total = flat(like).mul_(weight) if total is None else total.add_(flat(like), alpha=weight)
     if all_reduce:
-        total = weighted(global_state, 0) if total is None else total
+        total = flat(global_state).zero_() if total is None else total
         dist.all_reduce(total)
     if total is None or not 0 < total[-1] < math.inf:
         raise ValueError("average_states needs weights with a finite sum > 0")
