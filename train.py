@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -392,6 +393,7 @@ def prepare(parser, argv):
 def main(argv=None):
     """Flags -> data, split, network -> rounds -> run folder."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
     parser = build_parser()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # torchrun
         dist.init_process_group(timeout=timedelta(days=1))
@@ -421,7 +423,7 @@ kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {monitor(untrained)[
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
 next: python eval.py {folder}/last.pt
-      (linear probe, kNN on all images, uniformity, effective rank)
+      (linear probe, fine-tuning, kNN, uniformity, effective rank: on all images)
       python train.py --resume {folder}/last.pt --rounds {2 * config['rounds'] or 10}""")
     if dist.is_initialized():
         dist.destroy_process_group()
