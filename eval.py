@@ -16,6 +16,7 @@ A protocol is fixed beforehand and its last epoch reported: nothing is chosen by
 import argparse
 import copy
 import json
+import os
 import time
 from pathlib import Path
 
@@ -306,6 +307,9 @@ def main(argv=None):
             raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
         if not all(0 < share <= 1 for share in args.finetune):
             raise ValueError(f"--finetune takes shares above 0, at most 1, got {args.finetune}")
+        record = Path(args.checkpoint).parent / "eval.jsonl"
+        if not os.access(record if record.exists() else record.parent, os.W_OK):
+            raise ValueError(f"{record} cannot be written: copy the checkpoint elsewhere")
         device = pick_device(args.device)
         checkpoint, model = load_checkpoint(args.checkpoint)
         config = checkpoint["config"]
@@ -334,7 +338,6 @@ def main(argv=None):
             "finetune": tuning, "labels": len(data.train_y), "seed": args.seed,
             "device": str(device), "torch": torch.__version__,
             "seconds": round(time.time() - start, 1)}
-    record = Path(args.checkpoint).parent / "eval.jsonl"
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"\n  {time.time() - start:.0f} s; one line added to {record}")

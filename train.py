@@ -270,7 +270,8 @@ def open_run(config, split, model, device):
 def reopen_run(config, rounds_done):
     """The checkpoint's run folder, with metrics.jsonl cut back to the rounds that it holds."""
     metrics = Path(config["out"]) / "metrics.jsonl"
-    lines = metrics.read_bytes().splitlines(keepends=True)[:rounds_done]
+    lines = metrics.read_bytes() if metrics.exists() else b""
+    lines = lines.splitlines(keepends=True)[:rounds_done]
     write_whole(metrics, b"".join(lines))
     return metrics.parent
 

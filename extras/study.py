@@ -6,8 +6,9 @@
 
 A row is a method of train.py and, if need be, more of its flags; what follows `--` is common to all
 rows. A row and a seed make one run folder, which is trained by train.py and scored by eval.py
-unless that is done: the same command goes on where it was stopped, and prints the table alone
-once all is there. The scale is the flags' business: without flags it is the paper's run.
+unless that is done (remove eval.jsonl to score anew): the same command goes on where it was
+stopped, and prints the table alone once all is there. The scale is the flags' business: without
+flags it is the paper's run.
 """
 
 import json
@@ -53,7 +54,7 @@ def train_one(flags, folder):
 
 def scores(folder, data_set, flags):
     """The last line of folder/eval.jsonl on a data set (None: the run's own), made if missing."""
-    rounds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["round"]
+    rounds = len((folder / "metrics.jsonl").read_text().splitlines())
     wanted = data_set or json.loads((folder / "config.json").read_text())["dataset"]
     record = folder / "eval.jsonl"
 

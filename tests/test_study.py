@@ -55,6 +55,12 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
     assert calls[8:] == ["train", "eval"] * 4
 
 
+def test_an_untrained_row(calls, capsys):
+    flags = ["--evaluation", "--epochs 1 --finetune", "--", *SMALL]
+    study.main(["runs", "--rows", "ssd --rounds 0", "--seeds", "3", *flags])
+    assert calls == ["train", "eval"] and "| ssd --rounds 0 | " in capsys.readouterr().out
+
+
 def test_the_table_by_hand():
     rows = {"a": [{"linear_probe": 40.0, "uniformity_h": -1.0}] * 1}
     rows["b"] = [{"linear_probe": x, "uniformity_h": -x} for x in (1.0, 2.0, 3.0)]

@@ -129,6 +129,16 @@ def test_resuming_ends_bit_equal_with_one_line_a_round():
     assert timeless("runs/a/metrics.jsonl") == timeless("runs/whole/metrics.jsonl")
 
 
+def test_resuming_needs_nothing_but_the_checkpoint(tmp_path):
+    train.main([*SMALL, "--rounds", "2", "--out", "runs/whole"])
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    Path("moved").mkdir()
+    Path("runs/a/last.pt").rename("moved/last.pt")
+    train.main(["--resume", "moved/last.pt", "--rounds", "2"])
+    assert same(weights("runs/whole/last.pt"), weights("moved/last.pt"))
+    assert [line["round"] for line in lines("moved/metrics.jsonl")] == [2]
+
+
 def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
     train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
     before = Path("runs/a/last.pt").read_bytes()
