@@ -15,23 +15,8 @@ from eval import load_checkpoint
 from model import SSDNet
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "--dataset",
-    "shapes",
-    "--width",
-    "2",
-    "--batch-size",
-    "16",
-    "--clients",
-    "3",
-    "--alpha",
-    "1",
-    "--local-epochs",
-    "1",
-    "--device",
-    "cpu",
-    "--no-amp",
-]
+SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --local-epochs 1".split()
+SMALL += "--device cpu --no-amp".split()
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +24,11 @@ def small_shapes(monkeypatch, tmp_path):
     """120 drawn images, and a working folder where nothing of the project lies."""
     monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
     monkeypatch.chdir(tmp_path)
+
+
+def run(flags):
+    """One round of a small run with these flags besides."""
+    train.main([*SMALL, "--rounds", "1", *flags.split()])
 
 
 def weights(path="runs/a/last.pt"):
@@ -93,22 +83,23 @@ def test_a_run_leaves_its_folder_and_says_what_is_next(capsys):
 
 
 def test_the_checkpoint_holds_tensors_and_plain_values_only():
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    run("--out runs/a")
     content = torch.load("runs/a/last.pt", weights_only=True)
     assert set(content) == {"round", "config", "split", "model"} and content["round"] == 1
     SSDNet(2).load_state_dict(content["model"])
 
 
 def test_training_moves_the_loss_and_the_weights():
-    train.main([*SMALL, "--rounds", "3", "--out", "runs/a"])
+    run("--rounds 3 --local-epochs 4 --lr 0.02 --width 4 --out runs/a")
     torch.manual_seed(0)
-    assert not same(weights(), SSDNet(2).state_dict())
-    assert lines()[-1]["uniform"] < lines()[0]["uniform"]
+    assert not same(weights(), SSDNet(4).state_dict())
+    assert lines()[-1]["loss"] < lines()[0]["loss"] - 0.15
+    assert lines()[-1]["uniform"] < lines()[0]["uniform"] - 0.4
 
 
 def test_the_same_flags_give_the_same_weights_and_another_seed_others():
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.main([*SMALL, "--rounds", "1", "--seed", str(seed), "--out", f"runs/{name}"])
+        run(f"--seed {seed} --out runs/{name}")
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
     assert not same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
 
@@ -131,7 +122,7 @@ def test_resuming_ends_bit_equal_with_one_line_a_round():
 
 def test_resuming_needs_nothing_but_the_checkpoint(tmp_path):
     train.main([*SMALL, "--rounds", "2", "--out", "runs/whole"])
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    run("--out runs/a")
     Path("moved").mkdir()
     Path("runs/a/last.pt").rename("moved/last.pt")
     train.main(["--resume", "moved/last.pt", "--rounds", "2"])
@@ -140,9 +131,9 @@ def test_resuming_needs_nothing_but_the_checkpoint(tmp_path):
 
 
 def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    run("--out runs/a")
     before = Path("runs/a/last.pt").read_bytes()
-    train.main([*SMALL, "--rounds", "1", "--resume", "runs/a/last.pt"])  # nothing left to do
+    run("--resume runs/a/last.pt")  # nothing left to do
     for flags in (
         ["--lr", "0.3"],
         ["--clients", "4"],
@@ -160,7 +151,7 @@ def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
 
 def test_a_second_run_of_the_same_name_gets_its_own_folder():
     for _ in range(2):
-        train.main([*SMALL, "--rounds", "1"])
+        run("")
     assert sorted(path.name for path in Path("runs").iterdir()) == [
         "shapes-ssd-k3-seed0",
         "shapes-ssd-k3-seed0-2",
@@ -168,33 +159,19 @@ def test_a_second_run_of_the_same_name_gets_its_own_folder():
 
 
 def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
-    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--out", "runs/a"])
+    run("--limit 60 --out runs/a")
     split = json.loads(Path("runs/a/split.json").read_text())
     chosen = sorted(sum(split.values(), []))
     assert len(set(chosen)) == 60 and chosen != list(range(60)) and max(chosen) < 120
-    train.main(
-        [
-            *SMALL,
-            "--rounds",
-            "1",
-            "--limit",
-            "60",
-            "--split-file",
-            "runs/a/split.json",
-            "--out",
-            "runs/b",
-        ]
-    )
+    run("--limit 60 --split-file runs/a/split.json --out runs/b")
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
     Path("bare.json").write_text(json.dumps(list(split.values())))
-    train.main(
-        [*SMALL, "--rounds", "1", "--limit", "60", "--split-file", "bare.json", "--out", "runs/c"]
-    )
+    run("--limit 60 --split-file bare.json --out runs/c")
     assert same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch, capsys):
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    run("--out runs/a")
     before = Path("runs/a/last.pt").read_bytes()
     monkeypatch.setattr(
         train, "ssd_loss", lambda h1, *rest, **weights: (h1.sum() * float("nan"), {})
@@ -220,7 +197,7 @@ def test_a_client_that_diverges_is_named_on_the_terminal_and_in_the_metrics(monk
         return client_1_diverges
 
     monkeypatch.setattr(train, "make_loss", poisoned)
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    run("--out runs/a")
     assert "left out, not finite: client [1]" in capsys.readouterr().out
     assert lines()[0]["left_out"] == [1] and lines()[0]["clients"] == [0, 1, 2]
     assert all(value.isfinite().all() for value in weights().values())
@@ -231,7 +208,7 @@ def test_no_rounds_leave_the_untrained_network():
     torch.manual_seed(0)
     assert same(weights(), SSDNet(2).state_dict()) and lines() == []
     train.main(["--resume", "runs/a/last.pt", "--rounds", "1"])
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/b"])
+    run("--out runs/b")
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
 
 
@@ -243,7 +220,7 @@ def test_no_rounds_leave_the_untrained_network():
     [("fedalignuniform", 0, 0), ("pd", 0, 0.1), ("dsr", 1, 0), ("ssd", 1, 0.1), ("hsd", 0, 0)],
 )
 def test_a_method_is_its_weights(method, gamma, delta):
-    train.main([*SMALL, "--rounds", "1", "--method", method, "--out", "runs/a"])
+    run(f"--method {method} --out runs/a")
     line = lines()[0]
     assert line["loss"] == pytest.approx(
         line["align"] + line["uniform"] + gamma * line["dsr"] + delta * line["distill"], abs=1e-5
@@ -251,47 +228,23 @@ def test_a_method_is_its_weights(method, gamma, delta):
 
 
 def test_hsd_lives_on_own_dimensions_and_a_weight_may_be_set_by_hand():
-    train.main([*SMALL, "--rounds", "1", "--method", "hsd", "--out", "runs/a"])
+    run("--method hsd --out runs/a")
     assert lines()[0]["dsr"] == pytest.approx(0, abs=1e-6)
-    train.main(
-        [
-            *SMALL,
-            "--rounds",
-            "1",
-            "--method",
-            "fedalignuniform",
-            "--gamma",
-            "0.5",
-            "--out",
-            "runs/b",
-        ]
-    )
+    run("--method fedalignuniform --gamma 0.5 --out runs/b")
     assert json.loads(Path("runs/b/config.json").read_text())["gamma"] == 0.5
 
 
 def test_without_projector_distillation_is_zero():
-    train.main([*SMALL, "--rounds", "1", "--no-projector", "--out", "runs/a"])
+    run("--no-projector --out runs/a")
     assert lines()[0]["distill"] == 0
 
 
 def test_labels_reach_no_part_of_training(monkeypatch):
-    train.main([*SMALL, "--rounds", "1", "--limit", "60", "--out", "runs/a"])
+    run("--limit 60 --out runs/a")
     shapes = draw_shapes(120, 40)
     shuffled = shapes._replace(train_y=shapes.train_y.flip(0), test_y=shapes.test_y.flip(0))
     monkeypatch.setattr("data.draw_shapes", lambda: shuffled)
-    train.main(
-        [
-            *SMALL,
-            "--rounds",
-            "1",
-            "--limit",
-            "60",
-            "--split-file",
-            "runs/a/split.json",
-            "--out",
-            "runs/b",
-        ]
-    )
+    run("--limit 60 --split-file runs/a/split.json --out runs/b")
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
 
 
@@ -435,7 +388,7 @@ def with_split(*parts):
     ],
 )
 def test_a_strangers_checkpoint_is_checked_before_it_is_used(spoil, words, tmp_path, capsys):
-    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"])
+    run("--out runs/a")
     checkpoint = torch.load("runs/a/last.pt", weights_only=True)
     spoil(checkpoint)
     torch.save(checkpoint, "runs/a/last.pt")
