@@ -254,7 +254,7 @@ def pick_device(name="auto"):
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
 
-    Raises ValueError if the file is no checkpoint, or its weights do not fit its own config.
+    Where a method has more parts than encoder and projector, they are left aside. Raises ValueError if the file is no checkpoint, or its weights do not fit its own config.
     """
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -271,7 +271,9 @@ def load_checkpoint(path):
             raise ValueError("its split is not one")
         with torch.device("meta"):  # no memory is taken before the shapes are known to fit
             model = SSDNet(config["width"], projector=config["projector"])
-        model.load_state_dict(checkpoint["model"], assign=True)
+        state = {name: value for name, value in checkpoint["model"].items()
+                 if name.split(".")[0] in ("encoder", "projector")}
+        model.load_state_dict(state, assign=True)
         return checkpoint, model.to(memory_format=torch.channels_last)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]

@@ -2,12 +2,12 @@
 
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
-The local loss and the rule of averaging are arguments: another method needs no edit here. One
-worker model and one optimiser serve every client in turn, so memory does not grow with their
-number. A client sends its weights and its sample count, nothing else.
+The local loss, the choice of clients and the rule of averaging are arguments: another method needs
+no edit here. One worker model and one optimiser serve every client in turn, so memory does not grow
+with their number. A client sends its weights and its sample count, nothing else.
 Needs torch; copies into another project as it is. Of use elsewhere:
 
-    def loss(model, batch, k, generator): return model(batch).square().mean(), {}
+    def loss(model, batch, *_): return model(batch).square().mean(), {}
     for r, report in train_federated(model, optimizer, samples, split, loss, rounds=3): ...
 
     python federated.py     # FedAvg on a problem whose answer is known (a second, CPU)
@@ -20,19 +20,26 @@ import torch
 import torch.distributed as dist
 
 
-def train_federated(model, optimizer, samples, split, loss, rounds, start=0, **options):
-    """Rounds start .. rounds - 1: after each yield its number and `federated_round`'s report."""
+def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=None, **options):
+    """Rounds start .. rounds - 1: after each yield its number and `federated_round`'s report.
+
+    lr: a schedule, the round's number r -> its learning rate; without it the optimiser's own.
+    """
     for r in range(start, rounds):
+        for group in optimizer.param_groups if lr else ():
+            group["lr"] = lr(r)
         yield r, federated_round(model, optimizer, samples, split, loss, r, **options)
 
 
 def federated_round(model, optimizer, samples, split, loss, r, *, participation=1.0, local_epochs=5,
-                    batch_size=128, seed=0, average=None, progress=None):
+                    batch_size=128, seed=0, choose=None, average=None, progress=None):
     """Round r; the model holds the global weights before and after.
 
     model, optimizer  the worker that plays every client in turn
     samples (N, ...)  of all clients, on the model's device; split[k]: the indices of client k's
-    loss              (model, batch, k, generator) -> scalar to minimise, dict of scalars to report
+    loss              (model, batch, k, generator, global_state) -> scalar to minimise, dict of
+                      scalars to report; global_state: the round's global weights, to read only
+    choose            (num_clients, participation, generator) -> ids; default `choose_clients`
     average           (states, weights, global_state) -> state dict; default `average_states`
     progress          (clients done, clients in all), called before each client
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
@@ -40,7 +47,8 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     means; FloatingPointError if all are. Under torch.distributed the processes share the clients.
     """
     # 1. Choose: the server draws this round's clients.
-    clients = choose_clients(len(split), participation, keyed_generator(seed, "clients", r))
+    choose = choose or choose_clients
+    clients = choose(len(split), participation, keyed_generator(seed, "clients", r))
     if dist.is_initialized() and average:
         raise ValueError("a rule of averaging of your own needs all states: run one process")
     average = average or functools.partial(average_states, all_reduce=dist.is_initialized())
@@ -58,7 +66,7 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
             # 3. Train locally, on the client's own images alone.
             reports[k] = train_client(model, optimizer, samples, split[k], loss, k,
                                       keyed_generator(seed, "client", r, k), local_epochs,
-                                      batch_size)
+                                      batch_size, global_state)
             # 4. Return the weights, unless the client has diverged.
             if math.isfinite(reports[k]["loss"]) and is_finite(model):
                 weights.append(len(split[k]))
@@ -81,7 +89,8 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     return {"clients": clients, "left_out": [k for k in clients if not reports[k]], "terms": terms}
 
 
-def train_client(model, optimizer, samples, index, loss, k, generator, epochs, batch_size):
+def train_client(model, optimizer, samples, index, loss, k, generator, epochs, batch_size,
+                 global_state=None):
     """Local training in place on samples[index]; returns every term's mean over the steps, floats.
 
     Batches are full: what is left at an epoch's end waits for the next shuffle, as usual in
@@ -94,7 +103,8 @@ def train_client(model, optimizer, samples, index, loss, k, generator, epochs, b
         order = torch.as_tensor(index)[torch.randperm(len(index), generator=generator)]
         order = order.to(samples.device)
         for start in range(0, max(1, len(order) - batch_size + 1), batch_size):
-            value, terms = loss(model, samples[order[start:start + batch_size]], k, generator)
+            batch = samples[order[start:start + batch_size]]
+            value, terms = loss(model, batch, k, generator, global_state)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -196,7 +206,7 @@ if __name__ == "__main__":
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.zero_()
 
-    def distance(model, batch, k, generator):
+    def distance(model, batch, k, generator, global_state):
         return (model.weight - batch).square().mean() / 2, {}
 
     print("clients hold 6 x 1, 3 x 4, 1 x 12; the mean of all ten is 3")

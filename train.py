@@ -71,9 +71,9 @@ def number(kind, low=None, high=math.inf, above=None):
     return parse
 
 
-def build_parser():
+def build_parser(methods=METHODS):
     """Every flag, in four groups; the defaults are the paper's run."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser("train.py", description=__doc__.splitlines()[0])
     add = parser.add_argument_group("federated").add_argument
     add("--dataset", default="cifar10",
         help=f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ "
@@ -92,7 +92,7 @@ def build_parser():
         help="epochs on a client in a round (%(default)s)")
     add = parser.add_argument_group(
         "loss: align + beta uniform + gamma DSR + delta distill").add_argument
-    add("--method", choices=METHODS, default="ssd",
+    add("--method", choices=methods, default="ssd",
         help="row of the paper's ablation, sets gamma and delta (%(default)s: 1 and 0.1)")
     add("--beta", type=number(float, 0), default=1.0, help="weight of uniformity (%(default)s)")
     add("--gamma", type=number(float, 0), help="weight of DSR, instead of the method's")
@@ -123,15 +123,15 @@ def build_parser():
     return parser
 
 
-def read_config(parser, argv):
-    """Flags -> config dict, and checkpoint and network when resuming (else None, None)."""
+def read_config(parser, argv, methods=METHODS):
+    """Flags -> config dict, and the checkpoint when resuming (else None)."""
     defaults, unset = vars(parser.parse_args([])), object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {flag: value for flag, value in given.items() if value is not unset}
     if "resume" not in given:
-        method = METHODS[given.get("method", defaults["method"])]
-        return {**defaults, **method, **given}, None, None
-    checkpoint, model = load_checkpoint(given["resume"])
+        method = methods[given.get("method", defaults["method"])]
+        return {**defaults, **method, **given}, None
+    checkpoint, _ = load_checkpoint(given["resume"])
     config = vars(parser.parse_args(as_flags(checkpoint["config"])))  # as strict as with a user
     config |= {"out": str(Path(given["resume"]).parent), "device": "auto"}
     for flag in given.keys() - MAY_CHANGE:
@@ -142,7 +142,7 @@ def read_config(parser, argv):
     config |= given
     if config["rounds"] < checkpoint["round"]:
         raise ValueError(f"--rounds {config['rounds']}: {checkpoint['round']} are done already")
-    return config, checkpoint, model
+    return config, checkpoint
 
 
 def as_flags(config):
@@ -152,7 +152,7 @@ def as_flags(config):
             for flag, value in config.items() if value is not None]
 
 
-# ---------------------------------------------------------------------------- split, loss, monitor
+# -------------------------------------------------------------------- split, model, loss, monitor
 
 
 def make_split(config, labels, checkpoint):
@@ -199,8 +199,19 @@ def read_split(path):
         raise ValueError(f"split file {path} must be JSON, a list of lists of indices") from error
 
 
-def make_loss(config, num_clients, device):
-    """The local objective for federated.py: two views -> the network -> SSD's loss with d_k."""
+def make_model(config):
+    """The network with its first weights, the same for the same seed."""
+    torch.manual_seed(config["seed"])
+    return SSDNet(config["width"], projector=config["projector"])
+
+
+def make_method(config, images, split):
+    """What makes the method: keyword arguments of `federated.train_federated`, here its loss."""
+    return {"loss": make_loss(config, len(split), images.device)}
+
+
+def make_loss(config, num_clients, device, objective=ssd_loss):
+    """The local loss for federated.py: two views -> the network -> SSD's objective with d_k."""
     d = scaling_vectors(num_clients, 8 * config["width"], config["scale"], config["seed"])
     d = d.to(device)
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
@@ -208,12 +219,12 @@ def make_loss(config, num_clients, device):
     def from_views(model, x1, x2, d_k):
         with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
             (h1, u1), (h2, u2) = model(x1), model(x2)  # BatchNorm sees one view at a time
-        return ssd_loss(h1, u1, h2, u2, d_k, **weights, hard=config["method"] == "hsd")
+        return objective(h1, u1, h2, u2, d_k, **weights, hard=config["method"] == "hsd")
 
     compiled = (torch.compile(from_views, mode="reduce-overhead", dynamic=False)
                 if config["compile"] else from_views)
 
-    def loss(model, images, k, generator):
+    def loss(model, images, k, generator, global_state):
         # random numbers stay out of compiled code, and so does a small client's short batch
         full = len(images) == config["batch_size"]
         return (compiled if full else from_views)(model, *two_views(images, generator), d[k])
@@ -300,9 +311,9 @@ def write_whole(path, content):
 
 
 @contextlib.contextmanager
-def leave_in_order(folder):
+def leave_in_order(folder, script):
     """Turn what can end a run early into one line that says how to go on, and an exit status."""
-    go_on = f"Go on with: python train.py --resume {folder}/last.pt"
+    go_on = f"Go on with: python {script} --resume {folder}/last.pt"
     try:
         yield
         return
@@ -332,12 +343,11 @@ def meet():
 # ---------------------------------------------------------------------------- training
 
 
-def run(config, first, model, monitor, loss, data, split, folder):
+def run(config, first, model, monitor, method, data, split, folder):
     """All rounds from `first` on: train, score, print a line, append it to metrics.jsonl, save."""
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"],
                                 weight_decay=config["weight_decay"])
     rank, _ = processes()
-    device = next(model.parameters()).device
 
     def progress(done, of):
         if CLEAR and not rank:
@@ -345,16 +355,17 @@ def run(config, first, model, monitor, loss, data, split, folder):
 
     begun = tick = time.time()
     for r, report in train_federated(
-            model, optimizer, data.train_x.to(device), split, loss, config["rounds"], first,
+            model, optimizer, data.train_x, split, rounds=config["rounds"], start=first,
             participation=config["participation"], local_epochs=config["local_epochs"],
-            batch_size=config["batch_size"], seed=config["seed"], progress=progress):
+            batch_size=config["batch_size"], seed=config["seed"], progress=progress, **method):
         if rank:
             continue  # the first process scores and writes
         terms, left_out = report["terms"], report["left_out"]
         scores = monitor(model)
         seconds, tick = time.time() - tick, time.time()
-        line = {"round": r + 1, "lr": config["lr"], "clients": report["clients"],
-                "left_out": left_out, "seconds": round(seconds, 2), **terms, **scores}
+        line = {"round": r + 1, "lr": optimizer.param_groups[0]["lr"],
+                "clients": report["clients"], "left_out": left_out,
+                "seconds": round(seconds, 2), **terms, **scores}
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         save(folder, r + 1, config, split, model)
@@ -366,9 +377,9 @@ def run(config, first, model, monitor, loss, data, split, folder):
               + (f"  left out, not finite: client {left_out}" if left_out else ""), flush=True)
 
 
-def prepare(parser, argv):
-    """Flags -> config, checkpoint's round, data, split, network, untrained network, run folder."""
-    config, checkpoint, model = read_config(parser, argv)
+def prepare(argv, parser, methods, make_model, make_method):
+    """Flags -> config, checkpoint's round, data, split, networks, method, run folder."""
+    config, checkpoint = read_config(parser, argv, methods)
     rank, count = processes()
     if count > 1 and torch.cuda.is_available() and config["device"] in ("auto", "cuda"):
         config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -379,23 +390,33 @@ def prepare(parser, argv):
         raise ValueError("--method hsd needs --scale other than 1: it marks own dimensions")
     data = load_dataset(config["dataset"], config["data_dir"])
     split = make_split(config, data.train_y, checkpoint)
-    torch.manual_seed(config["seed"])
-    untrained = SSDNet(config["width"], projector=config["projector"])
-    untrained = untrained.to(device, memory_format=torch.channels_last)
-    model = model.to(device) if checkpoint else copy.deepcopy(untrained)
-    first = checkpoint["round"] if checkpoint else 0
+    untrained = make_model(config).to(device, memory_format=torch.channels_last)
+    model, first = copy.deepcopy(untrained), 0
+    if checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{config['resume']} has weights that --method {config['method']} "
+                             "does not have: it is not a checkpoint of this script") from error
+        first = checkpoint["round"]
+    data = data._replace(train_x=data.train_x.to(device))
+    method = make_method(config, data.train_x, split)
     if rank:
         folder = None
     else:
         folder = reopen_run(config, first) if checkpoint else open_run(config, split, model, device)
-    return config, first, data, split, model, untrained, folder
+    return config, first, data, split, model, untrained, method, folder
 
 
-def main(argv=None):
-    """Flags -> data, split, network -> rounds -> run folder."""
+def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_method=make_method):
+    """Flags -> data, split, network -> rounds -> run folder.
+
+    A script that trains another method hands over what differs: its flags, its rows beside
+    METHODS, its network, its loss and rules; extras/baselines.py does.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
-    parser = build_parser()
+    parser = parser or build_parser(methods)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # torchrun
         dist.init_process_group(timeout=timedelta(days=1))
     rank, count = processes()
@@ -403,7 +424,8 @@ def main(argv=None):
         sys.stdout = None  # one process speaks, and checks everything before the others begin
         meet()
     try:
-        config, first, data, split, model, untrained, folder = prepare(parser, argv)
+        config, first, data, split, model, untrained, method, folder = prepare(
+            argv, parser, methods, make_model, make_method)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -411,21 +433,20 @@ def main(argv=None):
     if count > 1 and not rank:
         meet()  # lets the others begin
     device, sizes = next(model.parameters()).device, [len(part) for part in split]
-    with leave_in_order(folder):
+    with leave_in_order(folder, parser.prog):
         print(f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} "
               f"clients with {min(sizes):,} to {max(sizes):,}, {device}, "
               f"{'bfloat16' if config['amp'] else 'float32'}"
               + (f", {count} processes" if count > 1 else ""), flush=True)
         monitor = make_monitor(config, data, np.concatenate(split))
-        loss = make_loss(config, len(split), device)
-        run(config, first, model, monitor, loss, data, split, folder)
+        run(config, first, model, monitor, method, data, split, folder)
         print(f"""
 kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {monitor(untrained)['knn']:.1f} % \
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
 next: python eval.py {folder}/last.pt
       (linear probe, fine-tuning, kNN, uniformity, effective rank: on all images)
-      python train.py --resume {folder}/last.pt --rounds {2 * config['rounds'] or 10}""")
+      python {parser.prog} --resume {folder}/last.pt --rounds {2 * config['rounds'] or 10}""")
     if dist.is_initialized():
         dist.destroy_process_group()
 

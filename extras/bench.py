@@ -72,9 +72,9 @@ class Row:
         self.loss = make_loss({**config, "gamma": 1.0, "delta": 0.1}, 10, device)
         self.d_k, self.sync = scaling_vectors(10, 8 * args.width)[0].to(device), sync
 
-    def local_loss(self, model, images, k, generator):
+    def local_loss(self, model, images, k, generator, global_state):
         """The loss as train.py has it, or with its terms read after every step."""
-        value, terms = self.loss(model, images, k, generator)
+        value, terms = self.loss(model, images, k, generator, global_state)
         return value, {name: term.item() for name, term in terms.items()} if self.sync else terms
 
     def epoch(self, images, generator):

@@ -4,11 +4,12 @@
         -- --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
            --batch-size 64 --lr 0.03
 
-A row is a method of train.py and, if need be, more of its flags; what follows `--` is common to all
-rows. A row and a seed make one run folder, which is trained by train.py and scored by eval.py
-unless that is done (remove eval.jsonl to score anew): the same command goes on where it was
-stopped, and prints the table alone once all is there. The scale is the flags' business: without
-flags it is the paper's run.
+A row is a method of train.py, extras/baselines.py or extras/choices.py and, if need be, more of its
+flags; what follows `--` is common to all rows. The row `local` trains every client alone, by align
++ uniform, and takes the mean of their scores. A row and a seed make one run folder (`local`: one a
+client), which is trained, and scored by eval.py, unless that is done (remove eval.jsonl to score
+anew): the same command goes on where it was stopped, and prints the table alone once all is there.
+The scale is the flags' business: without flags it is the paper's run.
 """
 
 import json
@@ -19,11 +20,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
+import baselines  # noqa: E402
+import choices  # noqa: E402
+
+import train  # noqa: E402
 from eval import OneLineParser  # noqa: E402
-from train import build_parser, number, read_config  # noqa: E402
 
+SCRIPTS = {"train.py": train, "extras/baselines.py": baselines, "extras/choices.py": choices}
 COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "LP %": ("linear_probe", 1, 2),
     "FT 1 %": ("finetune_0.01", 1, 2),
@@ -36,20 +41,37 @@ COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "align z": ("alignment_z", 1, 3),
     "align h": ("alignment_h", 1, 3),
     "eff. rank h": ("effective_rank_h", 1, 1),
+    "s/round": ("seconds_per_round", 1, 1),
 }
 
 
-def train_one(flags, folder):
+def plan(row, seed, folder, common):
+    """The runs that make a row with a seed: a list of script, flags, run folder; flags checked."""
+    name = "-".join(word.strip("-").replace("/", "_") for word in shlex.split(row))
+    folder, (method, *more) = folder / f"{name}-seed{seed}", shlex.split(row)
+    flags = [*common, "--method", method, *more, "--seed", str(seed)]
+    if method == "local":
+        flags[flags.index("local")] = "fedalignuniform"
+        clients = range(train.build_parser().parse_args(flags).clients or 10)
+        alone = [([*flags, "--client", str(k)], folder / f"client-{k}") for k in clients]
+        return [("extras/baselines.py", flags, folder) for flags, folder in alone]
+    script = "extras/baselines.py" if method in baselines.NAMES else "train.py"
+    script = "extras/choices.py" if method in choices.CHOICES else script
+    SCRIPTS[script].build_parser().parse_args(flags)
+    return [(script, flags, folder)]
+
+
+def train_one(script, flags, folder):
     """Train a run folder to its end, from its checkpoint if it has one; it may be there whole."""
     last = folder / "last.pt"
     if last.exists():
-        flags = [*flags, "--resume", str(last)]
-        config, checkpoint, _ = read_config(build_parser(), flags)  # refuses other flags
+        flags, module = [*flags, "--resume", str(last)], SCRIPTS[script]
+        config, checkpoint = train.read_config(module.build_parser(), flags, module.METHODS)
         if checkpoint["round"] == config["rounds"]:
             return
     else:
         flags = [*flags, "--out", str(folder)]
-    subprocess.run([sys.executable, ROOT / "train.py", *flags], check=True)
+    subprocess.run([sys.executable, ROOT / script, *flags], check=True)
 
 
 def scores(folder, data_set, flags):
@@ -66,20 +88,31 @@ def scores(folder, data_set, flags):
         other = ["--dataset", data_set] if data_set else []
         command = [sys.executable, ROOT / "eval.py", folder / "last.pt", *flags, *other]
         subprocess.run(command, check=True)
-    return found()[-1]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    seconds = [line["seconds"] for line in lines]
+    return found()[-1] | ({"seconds_per_round": statistics.median(seconds)} if seconds else {})
+
+
+def mean(runs):
+    """The mean of every score that all runs have."""
+    keys = [key for key, _, _ in COLUMNS.values() if all(key in run for run in runs)]
+    return {key: statistics.mean(run[key] for run in runs) for key in keys}
 
 
 def table(rows):
     """Markdown of rows {label: [scores of a seed, ...]}, without the columns that have no value."""
-    first = next(iter(rows.values()))[0]
-    columns = {name: spec for name, spec in COLUMNS.items() if spec[0] in first}
+    columns = {
+        name: spec
+        for name, spec in COLUMNS.items()
+        if any(spec[0] in run for runs in rows.values() for run in runs)
+    }
     lines = ["| | " + " | ".join(columns) + " | n |", "|---" * (len(columns) + 2) + "|"]
     for label, runs in rows.items():
         cells = []
         for key, factor, digits in columns.values():
-            values = [factor * run[key] for run in runs]
+            values = [factor * run[key] for run in runs if key in run]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "–")
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {len(runs)} |")
     return "\n".join(lines)
 
@@ -95,31 +128,27 @@ def main(argv=None):
         default=["fedalignuniform", "ssd"],
         help="a method each, and more flags in the same string (fedalignuniform ssd)",
     )
-    add("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    add("--seeds", type=train.number(int, 0), nargs="+", default=[0, 1, 2], help="(%(default)s)")
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
     add("--evaluation", default="", metavar="FLAGS", help="eval.py's flags, one string")
     parser.epilog = "after --: train.py's flags, for all rows"
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     cut = argv.index("--")
     args, common = parser.parse_args(argv[:cut]), argv[cut + 1 : -1]
-    runs = {}
-    for row in args.rows:  # every flag is checked before the first run starts
-        for seed in args.seeds:
-            words = shlex.split(row)
-            flags = [*common, "--method", *words, "--seed", str(seed)]
-            build_parser().parse_args(flags)
-            name = "-".join(word.strip("-").replace("/", "_") for word in words)
-            runs[row, seed] = flags, args.folder / f"{name}-seed{seed}"
+    plans = {  # every flag is checked before the first run starts
+        (row, seed): plan(row, seed, args.folder, common)
+        for seed in args.seeds  # a whole table of the first seed comes first
+        for row in args.rows
+    }
     results = {}
     try:
-        for seed in args.seeds:  # a whole table of the first seed comes first
-            for row in args.rows:
-                flags, folder = runs[row, seed]
+        for (row, seed), runs in plans.items():
+            for script, flags, folder in runs:
                 print(f"== {row}, seed {seed}: {folder}", flush=True)
-                train_one(flags, folder)
-                for data_set in (None, *args.transfer):
-                    result = scores(folder, data_set, shlex.split(args.evaluation))
-                    results.setdefault(data_set, {}).setdefault(row, []).append(result)
+                train_one(script, flags, folder)
+            for data_set in (None, *args.transfer):
+                found = [scores(run[2], data_set, shlex.split(args.evaluation)) for run in runs]
+                results.setdefault(data_set, {}).setdefault(row, []).append(mean(found))
     except ValueError as error:
         parser.error(str(error))
     except subprocess.CalledProcessError as error:

@@ -27,7 +27,7 @@ def small_net(seed=0):
     )
 
 
-def noisy_loss(model, batch, k, generator):
+def noisy_loss(model, batch, k, generator, global_state):
     """Depends on the client, on its random numbers and on the batch."""
     noise = torch.randn(batch.shape, generator=generator)
     value = (model(batch + 0.1 * noise) - k).square().mean()
@@ -211,7 +211,7 @@ def test_only_weights_and_sample_counts_reach_the_averaging():
 def test_a_client_sees_its_own_samples_only_and_every_batch_is_full():
     seen = []
 
-    def spy(model, batch, k, generator):
+    def spy(model, batch, k, generator, global_state):
         seen.append((k, batch))
         return model(batch).sum() * 0, {}
 
@@ -233,8 +233,8 @@ def test_a_client_sees_its_own_samples_only_and_every_batch_is_full():
 def diverging(*bad, what="weights"):
     """noisy_loss, but the clients `bad` end with weights, or a loss, that are not finite."""
 
-    def loss(model, batch, k, generator):
-        value, terms = noisy_loss(model, batch, k, generator)
+    def loss(model, batch, k, generator, global_state):
+        value, terms = noisy_loss(model, batch, k, generator, global_state)
         if k in bad:
             value = value * float("inf") if what == "weights" else value + float("nan")
         return value, terms

@@ -28,8 +28,8 @@ def fast_losses(amp, steps=20):
     sgd = torch.optim.SGD(net.parameters(), 0.0003, 0.9, weight_decay=1e-4)
     seen, loss = [], train.make_loss(config(amp=amp), 10, CPU)
 
-    def spy(model, batch, k, generator):
-        value, terms = loss(model, batch, k, generator)
+    def spy(model, batch, k, generator, global_state):
+        value, terms = loss(model, batch, k, generator, global_state)
         seen.append(value.detach())
         return value, terms
 
@@ -137,7 +137,7 @@ def test_a_round_costs_the_same_memory_for_10_and_for_1000_clients():
                 gc.collect()
                 seen.append(bytes_alive() - samples.nbytes)
 
-        def loss(model, batch, k, generator):
+        def loss(model, batch, k, generator, global_state):
             return model(batch).square().mean(), {}
 
         split = [[k] for k in range(clients)]

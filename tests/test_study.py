@@ -7,6 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
+import baselines
+import choices
 import study
 
 import eval as evaluation
@@ -14,6 +16,12 @@ import train
 from data import draw_shapes
 
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
+SCRIPTS = {
+    "train": train.main,
+    "eval": evaluation.main,
+    "baselines": baselines.main,
+    "choices": choices.main,
+}
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 
 
@@ -27,7 +35,7 @@ def calls(monkeypatch, tmp_path):
     def run(command, check):
         script, flags = Path(command[1]).stem, [str(part) for part in command[2:]]
         listed.append(script)
-        {"train": train, "eval": evaluation}[script].main(flags)
+        SCRIPTS[script](flags)
 
     monkeypatch.setattr(study.subprocess, "run", run)
     return listed

@@ -170,14 +170,18 @@ def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
     assert same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
 
 
-def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch, capsys):
+def test_a_diverged_run_stops_and_keeps_its_last_good_round(capsys):
     run("--out runs/a")
     before = Path("runs/a/last.pt").read_bytes()
-    monkeypatch.setattr(
-        train, "ssd_loss", lambda h1, *rest, **weights: (h1.sum() * float("nan"), {})
-    )
+
+    def not_a_number(model, images, *_):
+        return model(images.float())[0].sum() * float("nan"), {}
+
     with pytest.raises(SystemExit) as stop:
-        train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+        train.main(
+            ["--resume", "runs/a/last.pt", "--rounds", "2"],
+            make_method=lambda *_: {"loss": not_a_number},
+        )
     err = capsys.readouterr().err
     assert stop.value.code == 1 and len(err.splitlines()) == 1
     assert "no client of round 2 has a finite loss" in err and "lower --lr" in err
@@ -190,8 +194,8 @@ def test_a_client_that_diverges_is_named_on_the_terminal_and_in_the_metrics(monk
     def poisoned(*arguments):
         loss = real(*arguments)
 
-        def client_1_diverges(model, images, k, generator):
-            value, terms = loss(model, images, k, generator)
+        def client_1_diverges(model, images, k, generator, global_state):
+            value, terms = loss(model, images, k, generator, global_state)
             return (value * float("nan") if k == 1 else value), terms
 
         return client_1_diverges
