@@ -1,5 +1,6 @@
 """extras/study.py: a table of methods and seeds that goes on where it was stopped."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_an_untrained_row(calls, capsys):
     flags = ["--evaluation", "--epochs 1 --finetune", "--", *SMALL]
     study.main(["runs", "--rows", "ssd --rounds 0", "--seeds", "3", *flags])
     assert calls == ["train", "eval"] and "| ssd --rounds 0 | " in capsys.readouterr().out
+
+
+def test_rows_of_other_scripts_and_the_two_bounds(calls, capsys):
+    rows = ["ldawa", "ssd-reverse", "local", "fedalignuniform --clients 1"]
+    command = ["runs", "--rows", *rows, "--seeds", "0", "--evaluation", "--epochs 1 --finetune"]
+    study.main([*command, "--", *SMALL])
+    assert calls[::2] == ["baselines", "choices", "baselines", "baselines", "eval", "train"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
+    own = [
+        json.loads(Path(f"runs/local-seed0/client-{k}/eval.jsonl").read_text()) for k in (0, 1, 2)
+    ]
+    mean = sum(line["knn"] for line in own) / 3
+    assert f"| {mean:.2f} | " in table[4]
+    inter = table[0].split(" | ").index("inter z")  # one client has no others
+    assert table[5].split(" | ")[inter] == "–" != table[4].split(" | ")[inter]
 
 
 def test_the_table_by_hand():

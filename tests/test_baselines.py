@@ -1,0 +1,387 @@
+"""extras/baselines.py and extras/choices.py: loops, values by hand; every method trains."""
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
+
+import baselines
+import choices
+from baselines import (
+    feddecorr_loss,
+    fedprox_term,
+    fedu2_average,
+    fedu2_uniform,
+    fedx_loss,
+    fedx_relation,
+    ldawa_average,
+    min_norm_weights,
+    nt_xent,
+    sliced_distance,
+)
+
+import train
+from data import draw_shapes
+from eval import load_checkpoint
+from federated import average_states, keyed_generator
+from losses import dsr_loss, scaling_vectors, ssd_loss
+
+SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
+SMALL += "--local-epochs 1 --device cpu --no-amp --lr 0.01".split()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def unit(*shape, seed=0):
+    return F.normalize(randn(*shape, seed=seed), dim=1)
+
+
+def cos(a, b):
+    return float(a @ b / a.norm() / b.norm())
+
+
+# ---------------------------------------------------------------------------- FedDecorr
+
+
+def test_feddecorr_is_the_mean_squared_product_of_standardised_columns():
+    h, total = randn(7, 4) @ randn(4, 4, seed=1), 0.0
+    s = [(h[:, i] - h[:, i].mean()) / h[:, i].std() for i in range(4)]
+    for i, j in itertools.permutations(range(4), 2):
+        total += float(s[i] @ s[j]) ** 2 / 12
+    assert feddecorr_loss(h).item() == pytest.approx(total / 7, rel=1e-6)
+    correlation = torch.corrcoef(h.T)
+    mean_square = (correlation.square().sum() - 4) / 12  # the docstring's factor
+    assert feddecorr_loss(h).item() == pytest.approx(36 / 7 * mean_square.item(), rel=1e-6)
+
+
+def test_feddecorr_by_hand_and_at_the_edges():
+    same = torch.tensor([[0.0, 0.0], [2.0, 2.0]], dtype=torch.float64)  # correlation 1, B = 2
+    assert feddecorr_loss(same).item() == pytest.approx(0.5, rel=1e-6)
+    free = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
+    assert feddecorr_loss(free).item() == pytest.approx(0, abs=1e-6)
+    one = torch.ones(1, 4, requires_grad=True)
+    feddecorr_loss(one).backward()
+    assert feddecorr_loss(one).item() == 0 and one.grad.abs().sum() == 0
+    with pytest.raises(ValueError, match=r"\(3, 1\)"):
+        feddecorr_loss(torch.ones(3, 1))
+
+
+# ---------------------------------------------------------------------------- FedX
+
+
+def test_nt_xent_equals_a_loop():
+    x1, x2, total = randn(3, 5), randn(3, 5, seed=1), 0.0
+    rows = [*x1, *x2]
+    for i, row in enumerate(rows):
+        others = [math.exp(cos(row, rows[j]) / 0.3) for j in range(6) if j != i]
+        total -= math.log(math.exp(cos(row, rows[(i + 3) % 6]) / 0.3) / sum(others)) / 6
+    assert nt_xent(x1, x2, 0.3).item() == pytest.approx(total)
+
+
+def test_fedx_relation_equals_a_loop_and_is_zero_for_views_alike():
+    a, b, r, t, target_t = randn(3, 5), randn(3, 5, seed=1), randn(4, 5, seed=2), 0.3, 0.7
+
+    def softmax(v, t):
+        values = [math.exp(cos(v, row) / t) for row in r]
+        return [value / sum(values) for value in values]
+
+    total = 0.0
+    for va, vb in zip(a, b):
+        q = [(x + y) / 2 for x, y in zip(softmax(va, target_t), softmax(vb, target_t))]
+        for v in (va, vb):
+            total += sum(x * math.log(x / y) for x, y in zip(q, softmax(v, t))) / 2 / 3
+    assert fedx_relation(a, b, r, t, target_t).item() == pytest.approx(total)
+    assert fedx_relation(a, 2 * a, r).item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda a, b: fedx_relation(a, b, r), (a.requires_grad_(), b.requires_grad_())
+    )  # q is not detached: the gradient is that of the whole formula
+
+
+def test_fedx_is_the_sum_of_its_four_terms():
+    z1, z2, p1, p2, g, r, gr = (randn(4, 6, seed=seed) for seed in range(7))
+    total, terms = fedx_loss(z1, z2, p1, p2, g, r, gr)
+    expected = nt_xent(z1, z2) + nt_xent(p1, g) + fedx_relation(z1, z2, r)
+    assert total.item() == pytest.approx((expected + fedx_relation(p1, p2, gr)).item())
+    assert total.item() == pytest.approx(sum(terms.values()).item()) and len(terms) == 4
+
+
+# ---------------------------------------------------------------------------- FedU2
+
+
+def test_sliced_distance_equals_the_map_to_tangent_spaces_done_slowly():
+    z, y, centres, directions = unit(5, 4), unit(5, 4, seed=1), unit(3, 4, seed=2), unit(3, 4)
+    total = 0.0
+    for c, v in zip(centres, directions):
+        v = v - (v @ c) * c
+        v = v / v.norm()
+        lines = []
+        for points in (z, y):
+            angles = [math.acos(float(x @ c)) for x in points]
+            mapped = [a / math.sin(a) * (x - math.cos(a) * c) for a, x in zip(angles, points)]
+            lines.append(sorted(float(x @ v) for x in mapped))
+        total += sum((one - two) ** 2 for one, two in zip(*lines)) / 15
+    assert sliced_distance(z, y, centres, directions).item() == pytest.approx(total)
+    shuffled = z[torch.tensor([3, 1, 4, 0, 2])]
+    assert sliced_distance(z, shuffled, centres, directions).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_fur_grows_as_the_points_gather():
+    noise, centre = randn(128, 16), randn(1, 16, seed=1)
+    values = [
+        fedu2_uniform(F.normalize(noise + pull * centre, dim=1), keyed_generator(0)).item()
+        for pull in (0, 0.5, 1, 2, 8)
+    ]
+    assert values == sorted(values) and values[-1] > 5 * values[0]
+    assert values[0] == fedu2_uniform(F.normalize(noise, dim=1), keyed_generator(0)).item()
+    points = F.normalize(noise + centre, dim=1).requires_grad_()
+    fedu2_uniform(points, keyed_generator(0)).backward()
+    assert points.grad.isfinite().all() and points.grad.norm() > 0
+
+
+def test_least_norm_of_two_updates_by_formula():
+    for seed in range(20):
+        g, h = randn(2, 3, seed=seed)
+        share = float(((h - g) @ h / (h - g).norm() ** 2).clamp(0, 1))
+        assert min_norm_weights(torch.stack([g, h])).tolist() == pytest.approx([share, 1 - share])
+
+
+@pytest.mark.parametrize(
+    "updates, expected",
+    [
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [1 / 3, 1 / 3, 1 / 3]),
+        ([[1, 0, 0], [0, 2, 0], [0, 0, 2]], [2 / 3, 1 / 6, 1 / 6]),  # a_k ~ 1 / |g_k|^2
+        ([[1, 1], [3, 1], [1, 3]], [1, 0, 0]),  # the nearest is a corner
+        ([[1, 1], [1, -1], [5, 0]], [1 / 2, 1 / 2, 0]),  # an edge
+        ([[2, 0]], [1]),
+    ],
+)
+def test_least_norm_of_three_updates_by_hand(updates, expected):
+    found = min_norm_weights(torch.tensor(updates, dtype=torch.float64))
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_least_norm_of_many_updates_meets_its_conditions():
+    """At the optimum no update has a smaller product with the point than the point itself."""
+    g = randn(30, 200) + 0.3 * randn(1, 200, seed=1)
+    a = min_norm_weights(g)
+    point = a @ g
+    assert a.min() >= 0 and a.sum().item() == pytest.approx(1)
+    assert (g @ point).min().item() == pytest.approx((point @ point).item(), rel=1e-6)
+    equal = min_norm_weights(randn(1, 8).expand(5, 8))
+    assert equal.tolist() == [0.2] * 5
+
+
+def state(w, mean=0.0, count=0):
+    return {
+        "w": torch.tensor(w),
+        "running_mean": torch.tensor([mean]),
+        "num_batches_tracked": torch.tensor(count),
+    }
+
+
+def test_eua_by_hand():
+    start = state([0.0, 0.0])
+    clients = [state([3.0, 0.0], 1.0, 4), state([0.0, 1.0], 5.0, 8)]
+    new = fedu2_average(iter(clients), [3, 1], start)  # unit updates: half each, mean norm 2
+    assert new["w"].tolist() == pytest.approx([1, 1])
+    assert new["running_mean"].tolist() == [2.0] and new["num_batches_tracked"].item() == 5
+    assert new["num_batches_tracked"].dtype == torch.int64
+    assert fedu2_average(clients, [3, 1], start, step=0.2)["w"].tolist() == pytest.approx([0.1] * 2)
+    still = [state([0.0, 0.0]), state([3.0, 0.0])]
+    assert fedu2_average(still, [1, 1], start)["w"].tolist() == pytest.approx([3, 0])
+    assert fedu2_average(still[:1], [1], start)["w"].tolist() == [0, 0]
+    together = [state([2.0, 1.0])] * 3
+    assert fedu2_average(together, [1, 2, 3], start)["w"].tolist() == pytest.approx([2, 1])
+
+
+# ---------------------------------------------------------------------------- L-DAWA, FedProx
+
+
+def test_ldawa_by_hand():
+    start = {"w": torch.tensor([1.0, 0.0]), "s": torch.tensor(1.0), "n": torch.tensor(2)}
+    clients = [
+        {"w": torch.tensor([2.0, 0.0]), "s": torch.tensor(2.0), "n": torch.tensor(3)},  # cos 1
+        {"w": torch.tensor([0.0, 4.0]), "s": torch.tensor(4.0), "n": torch.tensor(3)},  # cos 0
+        {"w": torch.tensor([3.0, 4.0]), "s": torch.tensor(6.0), "n": torch.tensor(6)},  # cos 0.6
+    ]
+    new = ldawa_average(start, iter(clients))
+    assert new["w"].tolist() == pytest.approx([3.8 / 3, 2.4 / 3])
+    assert new["s"].item() == 4 and new["n"].item() == 4 and new["n"].dtype == torch.int64
+
+
+def test_ldawa_of_identical_models_is_that_model_also_where_it_is_zero():
+    same = {"w": randn(4, 5).float(), "b": torch.zeros(3), "n": torch.tensor(7)}
+    new = ldawa_average(same, [same] * 4)
+    assert all(torch.allclose(new[name], same[name], atol=1e-7) for name in same)
+    moved = {**same, "b": torch.ones(3)}
+    assert ldawa_average(same, [moved, same])["b"].tolist() == [0.5] * 3  # no angle: plain mean
+
+
+def test_fedprox_by_hand():
+    net = torch.nn.Linear(2, 1)
+    start = {name: value.detach() - 2 for name, value in net.named_parameters()}
+    term = fedprox_term(net, start)
+    assert term.item() == pytest.approx(3 * 4 / 2)
+    term.backward()
+    assert torch.allclose(net.weight.grad, torch.full((1, 2), 2.0))
+
+
+# ---------------------------------------------------------------------------- choices
+
+
+def test_the_authors_dsr_is_a_norm_over_the_batch_along_other_axes():
+    z, d_k = unit(6, 8), scaling_vectors(2, 8)[1].double()
+    q = choices.random_axes(8).double()
+    assert torch.allclose(q.T @ q, torch.eye(8, dtype=torch.float64), atol=1e-6)
+    total = 0.0
+    for row in z:
+        target = sum(d_k[i] * float(row @ q[:, i]) * q[:, i] for i in range(8))
+        total += float((row - target / target.norm()).square().sum())
+    assert choices.authors_dsr(z, d_k).item() == pytest.approx(math.sqrt(total) / 6)
+    z.requires_grad_()
+    choices.authors_dsr(z, d_k).backward()
+    assert z.grad.norm().item() == pytest.approx(1 / 6)  # whatever the distance
+    assert choices.authors_dsr(z, torch.ones(8).double()).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_choices_objective_is_ssds_with_the_defaults():
+    h1, u1, h2, u2 = (randn(6, 8, seed=seed) for seed in range(4))
+    d_k, weights = scaling_vectors(2, 8)[0].double(), dict(beta=0.5, gamma=2.0, delta=3.0)
+    distill = choices.distill_loss
+    total, terms = choices.objective(
+        h1, u1, h2, u2, d_k, **weights, hard=False, dsr=dsr_loss, distill=distill
+    )
+    expected, expected_terms = ssd_loss(h1, u1, h2, u2, d_k, **weights)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert {name: pytest.approx(term.item(), rel=1e-6) for name, term in terms.items()} == {
+        name: term.item() for name, term in expected_terms.items()
+    }
+
+
+# ---------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch, tmp_path):
+    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(module, *flags, out="runs/a"):
+    """The run's weights and the lines of its metrics."""
+    module.main([*SMALL, "--out", out, *flags])
+    lines = Path(out, "metrics.jsonl").read_text().splitlines()
+    state = torch.load(f"{out}/last.pt", weights_only=True)["model"]
+    return state, [json.loads(line) for line in lines]
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", baselines.NAMES)
+def test_a_baseline_trains_and_is_not_align_and_uniform_alone(name):
+    state, (line,) = run(baselines, "--method", name)
+    plain, _ = run(train, "--method", "fedalignuniform", out="runs/b")
+    differs = any(not torch.equal(value, state[key]) for key, value in plain.items())
+    assert differs and math.isfinite(line["loss"]) and line["left_out"] == []
+    load_checkpoint("runs/a/last.pt")  # eval.py can take it
+
+
+@pytest.mark.parametrize("name", choices.CHOICES.keys() - {"ssd-cosine"})
+def test_a_choice_trains_and_is_not_ssd(name):
+    state, _ = run(choices, "--method", name)
+    plain, _ = run(train, "--method", name.split("-")[0], out="runs/b")
+    assert not equal(state, plain)
+
+
+def test_ssd_is_the_same_in_every_script():
+    plain, _ = run(train, "--method", "ssd")
+    for script in (choices, baselines):
+        assert equal(plain, run(script, "--method", "ssd", out=f"runs/{script.__name__}")[0])
+
+
+def test_cosine_falls_from_lr_to_nearly_zero():
+    _, lines = run(choices, "--method", "ssd-cosine", "--rounds", "4")
+    expected = [0.01 * (1 + math.cos(math.pi * r / 4)) / 2 for r in range(4)]
+    assert [line["lr"] for line in lines] == pytest.approx(expected)
+
+
+def test_fedx_goes_on_where_it_was_stopped_with_its_predictor():
+    whole, _ = run(baselines, "--method", "fedx", "--rounds", "2", out="runs/b")
+    run(baselines, "--method", "fedx")
+    baselines.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+    resumed = torch.load("runs/a/last.pt", weights_only=True)["model"]
+    assert equal(whole, resumed) and any(name.startswith("predictor") for name in whole)
+
+
+def test_fedx_leaves_the_global_network_alone():
+    """Its forward passes are in evaluation mode: not even BatchNorm's statistics move."""
+    flags = [*SMALL, "--method", "fedx"]
+    config, _ = train.read_config(baselines.build_parser(), flags, baselines.METHODS)
+    images = draw_shapes(40, 10).train_x
+    model = baselines.make_model(config)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = {name: value.clone() for name, value in start.items()}
+    loss = baselines.make_method(config, images, [range(40)])["loss"]
+    value, _ = loss(model, images[:16], 0, keyed_generator(0), start)
+    value.backward()
+    assert equal(start, kept) and model.training
+    assert all(value.grad is None for value in start.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_one_client_alone():
+    _, (line,) = run(baselines, "--method", "fedalignuniform", "--client", "1")
+    assert line["clients"] == [1]
+    split = torch.load("runs/a/last.pt", weights_only=True)["split"]
+    assert len(split) == 3  # all clients' images are there to be evaluated
+    baselines.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+    last = json.loads(Path("runs/a/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["clients"] == [1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--client", "3"], "--client 3: the last one is 2"),
+        (["--client", "-1"], "--client"),
+        (["--method", "fedx", "--compile"], "--compile does not work with --method fedx"),
+        (["--method", "fedavg"], "invalid choice: 'fedavg'"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        baselines.main([*SMALL, "--out", "runs/a", *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and words in err
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_with_more_parts_is_not_train_pys(capsys):
+    run(baselines, "--method", "fedx")
+    checkpoint = torch.load("runs/a/last.pt", weights_only=True)
+    checkpoint["config"]["method"] = "ssd"
+    torch.save(checkpoint, "runs/a/last.pt")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1
+    assert "weights that --method ssd does not have" in err
+
+
+def test_the_rules_agree_with_fedavg_where_they_must():
+    """Clients alike: every rule of averaging gives what FedAvg gives."""
+    start, client = state([1.0, 2.0]), state([1.5, 1.0], 2.0, 3)
+    fedavg = average_states([client] * 3, [1, 2, 3])
+    eua = fedu2_average([client] * 3, [1, 2, 3], start)
+    assert all(torch.allclose(fedavg[name], eua[name]) for name in fedavg)
