@@ -131,27 +131,29 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
     return total, {name: term.detach() for name, term in terms.items()}
 
 
-def main():
-    """The paper's toy picture in figures: DSR moves two clients' points on the sphere apart."""
-    torch.manual_seed(0)
-    d = scaling_vectors(num_clients=2, dim=3)
-    both = [F.normalize(1 + 0.5 * torch.randn(200, 3), dim=1) for _ in d]
+def toy(steps=5):
+    """The paper's toy picture: after 0, 1, ... steps of DSR alone, two clients' points (200, 3)."""
+    d, draws = scaling_vectors(num_clients=2, dim=3), torch.Generator().manual_seed(0)
+    both = [F.normalize(1 + 0.5 * torch.randn(200, 3, generator=draws), dim=1) for _ in d]
+    yield list(both)
+    for _ in range(steps):
+        for k, d_k in enumerate(d):
+            z = both[k].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(dsr_loss(z, d_k) * len(z), z)
+            both[k] = F.normalize(z - 0.1 * gradient, dim=1).detach()
+        yield list(both)
 
-    def report(step):
+
+def main():
+    """The toy in figures: DSR moves two clients' points on the sphere apart."""
+    print("Two clients, 200 points each on the unit sphere in 3-D, moved by DSR alone (step 0.1)")
+    for k, d_k in enumerate(scaling_vectors(num_clients=2, dim=3)):
+        print(f"d_{k} = {d_k.tolist()}")
+    for step, both in enumerate(toy()):
         kernel = (-2 * torch.cdist(*both).square()).exp().mean()
         means = "   ".join(f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
                            for k, z in enumerate(both))
         print(f"{step} steps: inter-client -L_uniform {-kernel.log():.3f}   {means}")
-
-    print("Two clients, 200 points each on the unit sphere in 3-D, moved by DSR alone (step 0.1)")
-    print("\n".join(f"d_{k} = {row.tolist()}" for k, row in enumerate(d)))
-    report(0)
-    for step in (1, 2, 3, 4, 5):
-        for k, d_k in enumerate(d):
-            z = both[k].requires_grad_()
-            (gradient,) = torch.autograd.grad(dsr_loss(z, d_k) * len(z), z)
-            both[k] = F.normalize(z - 0.1 * gradient, dim=1).detach()
-        report(step)
 
 
 if __name__ == "__main__":
