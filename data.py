@@ -6,9 +6,13 @@
                      drawn per sample and computed on whole batches, on the images' own device
 
 Labels serve to split the data and to evaluate; training never sees them.
-Needs torch, torchvision, numpy; copies into another project as it is. Of use elsewhere:
+Needs torch, torchvision, numpy; copies into another project as it is. There:
 
-    view1, view2 = two_views(images_uint8, torch.Generator().manual_seed(0))
+    >>> images = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8)   # yours
+    >>> x1, x2 = two_views(images[:8], torch.Generator().manual_seed(0))
+    >>> split = dirichlet_split(np.arange(100) % 5, num_clients=4, alpha=1.0)
+    >>> tuple(x1.shape), sum(map(len, split))
+    ((8, 3, 32, 32), 100)
 
     python data.py          # the client x class table of a Dirichlet split (a few seconds, CPU)
 """

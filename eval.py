@@ -8,6 +8,13 @@
     effective_rank     exp(entropy of the normalised singular values)           [1, D]
 
 A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
+Needs data.py and model.py beside it. In another project:
+
+    >>> h, y = torch.eye(10).repeat(20, 1), torch.arange(10).repeat(20)     # your features, labels
+    >>> knn_accuracy(h, y, h, y, k=20), linear_probe(h, y, h, y, epochs=20)
+    (100.0, 100.0)
+    >>> round(effective_rank(h), 3)
+    10.0
 
     python eval.py runs/NAME/last.pt                                 # every protocol of the paper
     python eval.py runs/NAME/last.pt --finetune                      # without fine-tuning
@@ -254,7 +261,8 @@ def pick_device(name="auto"):
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
 
-    Where a method has more parts than encoder and projector, they are left aside. Raises ValueError if the file is no checkpoint, or its weights do not fit its own config.
+    Where a method has more parts than encoder and projector, they are left aside. ValueError if the
+    file is no checkpoint, or its weights do not fit its own config.
     """
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")

@@ -5,10 +5,13 @@
 The local loss, the choice of clients and the rule of averaging are arguments: another method needs
 no edit here. One worker model and one optimiser serve every client in turn, so memory does not grow
 with their number. A client sends its weights and its sample count, nothing else.
-Needs torch; copies into another project as it is. Of use elsewhere:
+Needs torch; copies into another project as it is. There:
 
-    def loss(model, batch, *_): return model(batch).square().mean(), {}
-    for r, report in train_federated(model, optimizer, samples, split, loss, rounds=3): ...
+    >>> def loss(model, batch, *_): return (model(batch) - 1).square().mean(), {}
+    >>> net, samples, split = torch.nn.Linear(3, 1), torch.randn(40, 3), [range(30), range(30, 40)]
+    >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    >>> [report["clients"] for r, report in train_federated(net, sgd, samples, split, loss, 2)]
+    [[0, 1], [0, 1]]
 
     python federated.py     # FedAvg on a problem whose answer is known (a second, CPU)
 """

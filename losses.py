@@ -8,10 +8,13 @@
     L_distill = E KL( softmax(h) || softmax(u) )           h learns what DSR did to u
 
 h representation, u projector output, z = u / ||u||, d_k client k's scale vector, the server's.
-Needs torch; copies into another project as it is. Of use elsewhere:
+Needs torch; copies into another project as it is. There:
 
-    d = scaling_vectors(num_clients=10, dim=512)
-    loss, terms = ssd_loss(h1, u1, h2, u2, d_k=d[3])
+    >>> h1, u1, h2, u2 = torch.randn(4, 32, 512)     # your network's, of two views of 32 images
+    >>> d = scaling_vectors(num_clients=10, dim=512)
+    >>> loss, terms = ssd_loss(h1, u1, h2, u2, d_k=d[3])
+    >>> sorted(terms), loss.shape
+    (['align', 'distill', 'dsr', 'uniform'], torch.Size([]))
 
     python losses.py        # two clients on a sphere before and after DSR (a second, CPU)
 """

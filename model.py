@@ -5,9 +5,12 @@
 h, the representation, is what is kept after training; the losses act on z = u / ||u|| and, for
 projector distillation, on h and u. At width 64 (the paper): h and u have 512 dimensions, the
 projector is 512-2048-512; 11.17 M + 2.10 M parameters.
-Needs torch, torchvision; copies into another project as it is. Of use elsewhere:
+Needs torch, torchvision; copies into another project as it is. There:
 
-    h, u = SSDNet(width=16)(torch.rand(2, 3, 32, 32))
+    >>> net = SSDNet(width=16)
+    >>> h, u = net(torch.rand(2, 3, 32, 32))
+    >>> tuple(h.shape), tuple(u.shape)
+    ((2, 128), (2, 128))
 
     python model.py         # shapes and parameter counts (a second, CPU)
 """

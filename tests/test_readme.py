@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from train import build_parser
 
 ROOT = Path(__file__).parent.parent
+CORE = {"losses": [], "model": [], "data": [], "federated": [], "eval": ["data", "model"]}
 README = (ROOT / "README.md").read_text()
 
 
@@ -27,6 +30,18 @@ def test_every_training_command_has_flags_that_exist(command):
     arguments = shlex.split(command)[1:]
     if arguments != ["--help"]:
         build_parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_example_of_a_copied_file_works(name, tmp_path):
+    """Alone in a folder, but for what it says that it needs."""
+    for file in (name, *CORE[name]):
+        (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
+    code = f"import doctest, {name}; print(doctest.testmod({name}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert re.fullmatch(r"TestResults\(failed=0, attempted=[3-9].*\)\n", done.stdout), done
 
 
 def test_every_file_that_is_linked_is_there():
