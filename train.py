@@ -73,7 +73,7 @@ def number(kind, low=None, high=math.inf, above=None):
 
 def build_parser(methods=METHODS):
     """Every flag, in four groups; the defaults are the paper's run."""
-    parser = OneLineParser("train.py", description=__doc__.splitlines()[0])
+    parser = OneLineParser(Path(sys.argv[0]).name, description=__doc__.splitlines()[0])
     add = parser.add_argument_group("federated").add_argument
     add("--dataset", default="cifar10",
         help=f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ "

@@ -46,7 +46,9 @@ def sphere(plt):
         for k, (z, d_k) in enumerate(zip(both, scaling_vectors(2, 3))):
             seen = z @ view.T
             front = seen[:, 2] > 0
-            axis.plot(*seen[front, :2].T.numpy(), ".", color=COLOURS[k], alpha=0.7, label=f"client {k}")
+            axis.plot(
+                *seen[front, :2].T.numpy(), ".", color=COLOURS[k], alpha=0.7, label=f"client {k}"
+            )
             own = ((d_k != 1).float() @ view.T).tolist()
             axis.plot([0, own[0]], [0, own[1]], color=COLOURS[k], linestyle=":")
         kernel = (-2 * torch.cdist(*both).square()).exp().mean()

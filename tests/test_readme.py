@@ -1,5 +1,6 @@
-"""README.md tells the truth: its losses stand in losses.py, its commands have flags that exist."""
+"""README.md tells the truth: its losses, its commands' flags, its example, the copied files."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,28 +9,91 @@ from pathlib import Path
 
 import pytest
 
-from train import build_parser
+sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
+
+import baselines
+import bench
+import choices
+import figures
+import study
+
+import eval as evaluation
+import train
 
 ROOT = Path(__file__).parent.parent
-CORE = {"losses": [], "model": [], "data": [], "federated": [], "eval": ["data", "model"]}
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"python ((?:extras/)?\w+\.py -?[^#`\n]*)", README)
+CORE = {"losses": [], "model": [], "data": [], "federated": [], "eval": ["data", "model"]}
+SCRIPTS = {
+    "train.py": train,
+    "mine.py": train,  # the README's example
+    "eval.py": evaluation,
+    "extras/baselines.py": baselines,
+    "extras/bench.py": bench,
+    "extras/choices.py": choices,
+    "extras/figures.py": figures,
+    "extras/study.py": study,
+}
+
+
+class Parsed(Exception):
+    pass
 
 
 def test_the_losses_are_verbatim():
-    shown = re.search(r"```python\n(.*?)```", README, re.S)[1]
     source = (ROOT / "losses.py").read_text()
     source = re.sub(r'    """.*?"""\n', "", source, flags=re.S)  # docstrings are left out
-    functions = shown.strip().split("\n\n\n")
+    functions = BLOCKS[0].strip().split("\n\n\n")
     assert len(functions) >= 3 and all(function in source for function in functions)
 
 
-@pytest.mark.parametrize(
-    "command", sorted(set(re.findall(r"python (train\.py -[^#`\n]*)", README)))
-)
-def test_every_training_command_has_flags_that_exist(command):
-    arguments = shlex.split(command)[1:]
-    if arguments != ["--help"]:
-        build_parser().parse_args(arguments)
+@pytest.mark.parametrize("command", sorted(set(COMMANDS)))
+def test_every_command_has_flags_that_exist(command, monkeypatch):
+    """Each script is run until it has parsed its flags; study.py until it has planned its rows."""
+
+    def stop(*_):
+        raise Parsed
+
+    script, *flags = shlex.split(command)
+    if script.removesuffix(".py") in CORE and script != "eval.py":
+        assert not flags  # a demonstration
+        return
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    if "--help" in flags:
+        assert flags == ["--help"]
+    elif SCRIPTS[script] in (train, baselines, choices):
+        SCRIPTS[script].build_parser().parse_args(flags)
+    elif script == "extras/study.py":
+        monkeypatch.setattr(study, "train_one", stop)
+        with pytest.raises(Parsed):
+            study.main()
+    else:
+        parse = evaluation.OneLineParser.parse_args
+        monkeypatch.setattr(
+            evaluation.OneLineParser,
+            "parse_args",
+            lambda self, argv=None: stop(parse(self, argv)),
+        )
+        with pytest.raises(Parsed):
+            SCRIPTS[script].main()
+
+
+def test_the_example_of_a_new_method_trains(tmp_path):
+    """As a reader would: a file of one's own beside the project, train.py's flags."""
+    (tmp_path / "mine.py").write_text(BLOCKS[1])
+    flags = "--dataset shapes --width 2 --limit 90 --clients 3 --alpha 1 --batch-size 16".split()
+    flags += "--rounds 2 --local-epochs 1 --lr 0.01 --device cpu --no-amp --out runs/mine".split()
+    done = subprocess.run(
+        [sys.executable, "mine.py", *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "round   2/2" in done.stdout and "  spread 0." in done.stdout
+    assert len(BLOCKS[1].splitlines()) <= 25 and (tmp_path / "runs/mine/last.pt").exists()
 
 
 @pytest.mark.parametrize("name", CORE)
@@ -45,5 +109,5 @@ def test_the_example_of_a_copied_file_works(name, tmp_path):
 
 
 def test_every_file_that_is_linked_is_there():
-    links = re.findall(r"\]\(([\w./-]+)\)", README)
+    links = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r'src="([\w./-]+)"', README)
     assert links and all((ROOT / link).exists() for link in links)
