@@ -15,6 +15,7 @@ import baselines
 import bench
 import choices
 import figures
+import own_embeddings
 import study
 
 import eval as evaluation
@@ -33,6 +34,7 @@ SCRIPTS = {
     "extras/bench.py": bench,
     "extras/choices.py": choices,
     "extras/figures.py": figures,
+    "extras/own_embeddings.py": own_embeddings,
     "extras/study.py": study,
 }
 
