@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
 import baselines
 import choices
+import own_embeddings
 from baselines import (
     feddecorr_loss,
     fedprox_term,
