@@ -36,6 +36,12 @@ STYLE = {  # a light card of its own: it reads the same on a light and on a dark
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#888888"]
 
 
+def legend(figure, axis):
+    """One legend for the whole figure, below it."""
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, frameon=False)
+
+
 def sphere(plt):
     """Two clients' points before and after DSR, seen from between their own axes."""
     points = list(toy())
@@ -55,7 +61,8 @@ def sphere(plt):
         axis.set_title(f"{when}: inter-client\n−L_uniform {-kernel.log():.2f}", fontsize=13)
         axis.set_aspect("equal")
         axis.axis("off")
-    axes[1].legend(loc="lower right", bbox_to_anchor=(1.15, -0.05), frameon=False, markerscale=1.5)
+    legend(figure, axes[0])
+    figure.tight_layout()
     return figure
 
 
@@ -96,8 +103,7 @@ def rounds(plt, rows):
         axis.set_title(title, fontsize=13)
     for axis in axes[1]:
         axis.set_xlabel("round")
-    handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=4, frameon=False)
+    legend(figure, axes[0, 0])
     figure.tight_layout()
     return figure
 
@@ -110,10 +116,10 @@ def trade_off(plt, rows):
         ends = [[-score[key] for score in scores] for key in ("alignment_z", "uniformity_z")]
         (x, y) = map(statistics.mean, ends)
         spread = [statistics.stdev(end) if len(end) > 1 else 0 for end in ends]
-        axis.errorbar(x, y, spread[1], spread[0], "o", color=colour, capsize=3)
-        axis.annotate(label, (x, y), (7, 7), textcoords="offset points", color=colour)
+        axis.errorbar(x, y, spread[1], spread[0], "o", color=colour, capsize=3, label=label)
+    legend(figure, axis)
     axis.set(xlabel="−L_align of z (better →)", ylabel="−L_uniform of z (better ↑)")
-    axis.margins(0.15)
+    figure.tight_layout()
     return figure
 
 
@@ -124,7 +130,7 @@ def views(plt):
     figure, axes = plt.subplots(3, 6, figsize=(7, 3.6))
     for row, pictures, label in zip(axes, rows, ("image", "view 1", "view 2")):
         for axis, picture in zip(row, pictures):
-            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(label)
