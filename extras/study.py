@@ -130,7 +130,7 @@ def main(argv=None):
     )
     add("--seeds", type=train.number(int, 0), nargs="+", default=[0, 1, 2], help="(%(default)s)")
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
-    add("--evaluation", default="", metavar="FLAGS", help="eval.py's flags, one string")
+    add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
     parser.epilog = "after --: train.py's flags, for all rows"
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     cut = argv.index("--")
