@@ -145,6 +145,18 @@ def uniformity_parts(h, client, t=2.0):
     return shares.sum().log(), intra, shares - intra.diag()
 
 
+def mean_parts(h, client):
+    """Uniformity, and its mean over pairs within a client and over pairs of two: floats.
+
+    log E exp(-2 ||z - z'||^2), E over all pairs of rows, over the intra- and over the inter-client
+    pairs; h, client as in `uniformity_parts`. NaN for a kind that has no pairs.
+    """
+    total, intra, inter = uniformity_parts(h, client)
+    sizes = torch.bincount(client).double()
+    own = (sizes * (sizes - 1)).sum() / (len(h) * (len(h) - 1))  # share of intra-client pairs
+    return total.item(), (intra.sum() / own).log().item(), (inter.sum() / (1 - own)).log().item()
+
+
 def uniformity(h, t=2.0):
     """log mean of exp(-t ||z - z'||^2) over pairs of rows z = h / ||h||: (N, D) -> [-4t, 0]."""
     return uniformity_parts(h, torch.zeros(len(h), dtype=torch.long, device=h.device), t)[0].item()
@@ -190,18 +202,19 @@ def encode(model, images, amp=None):
 def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
     """All measures of one network on `data` (`data.Images`), as a flat dict of floats.
 
-    Accuracies: trained on all training images, fine-tuning on the fractions of them, tested on
-    all test images. Geometry of h and of
-    z (the projector's output): on the test images. Intra- and inter-client parts: on at most 5,000
-    training images, client_of (N,) telling the client that holds each, -1 for none; each is
-    log E over the pairs of that kind, so that it compares with the whole.
+    Accuracies train on all training images (fine-tuning: on these fractions of them) and test on
+    all test images. Uniformity, effective rank and norm of h and of u, the projector's output: on
+    all test images; alignment: on two views of 5,000 random ones. Intra- and inter-client parts: on
+    at most 5,000 training images, client_of (N,) telling the client that holds each, -1 for none;
+    each is log E over the pairs of its kind, so that it compares with the whole.
     """
     device = next(model.parameters()).device
     train_y, test_y = data.train_y.to(device), data.test_y.to(device)
     train_h, train_u = encode(model, data.train_x)
     test_h, test_u = encode(model, data.test_x)
     generator = torch.Generator().manual_seed(seed)
-    views = two_views(data.test_x[:5000].to(device), generator)
+    some = torch.randperm(len(data.test_x), generator=generator)[:5000]
+    views = two_views(data.test_x[some].to(device), generator)
     (h1, u1), (h2, u2) = (encode(model, view) for view in views)
     scores = {"linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs, seed=seed),
               "knn": knn_accuracy(train_h, train_y, test_h, test_y)}
@@ -217,14 +230,11 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
         scores[f"norm_{part}"] = test.norm(dim=1).mean().item()
     if client_of is not None and client_of.max() > 0:
         held = (client_of >= 0).nonzero()[:, 0]
-        held = held[torch.randperm(len(held), generator=generator)[:5000]].to(device)
-        client = client_of.to(device)[held]
-        sizes = torch.bincount(client).double()
-        own = (sizes * (sizes - 1)).sum() / (len(held) * (len(held) - 1))  # share of intra pairs
+        held = held[torch.randperm(len(held), generator=generator)[:5000]]
         for part, train in (("h", train_h), ("z", train_u)):
-            _, intra, inter = uniformity_parts(train[held], client)
-            scores[f"uniformity_intra_{part}"] = (intra.sum() / own).log().item()
-            scores[f"uniformity_inter_{part}"] = (inter.sum() / (1 - own)).log().item()
+            _, intra, inter = mean_parts(train[held.to(device)], client_of[held].to(device))
+            scores[f"uniformity_intra_{part}"] = intra
+            scores[f"uniformity_inter_{part}"] = inter
     return scores
 
 
@@ -289,16 +299,19 @@ def load_checkpoint(path):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that reports a mistake in one line, without the usage, with exit status 2."""
+    """argparse that reports a mistake in one line, exit status 2, and takes no flag abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         """Print what is wrong and leave."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def main(argv=None):
-    """Evaluate a checkpoint: print a table, append one line to eval.jsonl beside it."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+def build_parser():
+    """Every flag; the defaults are the paper's protocol."""
+    parser = OneLineParser("eval.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoint", help="runs/NAME/last.pt, as train.py wrote it")
     add("--dataset", help="another data set than the checkpoint's (transfer)")
@@ -310,6 +323,12 @@ def main(argv=None):
         help="take labels only of the images that the run's clients hold (a run with --limit)")
     add("--seed", type=int, default=0, help="of label subsets, shuffling, views (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
+    return parser
+
+
+def main(argv=None):
+    """Evaluate a checkpoint: print a table, append one line to eval.jsonl beside it."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     start, client_of = time.time(), None
     try:
@@ -344,10 +363,11 @@ def main(argv=None):
     probe = f"Adam, lr 3e-3, batch 512, {args.epochs} epochs, raw h, un-augmented, last epoch"
     tuning = (f"SGD 0.9, lr 1e-3, head 0.3, batch 128, {args.epochs} epochs, crop 0.64..1, flip, "
               "last epoch")
-    line = {"dataset": dataset, "round": checkpoint["round"], **scores, "probe": probe,
-            "finetune": tuning, "labels": len(data.train_y), "seed": args.seed,
-            "device": str(device), "torch": torch.__version__,
-            "seconds": round(time.time() - start, 1)}
+    flags = {name: getattr(args, name) for name in ("epochs", "finetune", "own_images", "seed")}
+    line = {"dataset": dataset, "round": checkpoint["round"], "flags": flags, **scores,
+            "labels": len(data.train_y), "probe": probe,
+            "fine_tuning": tuning if args.finetune else None, "device": str(device),
+            "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"\n  {time.time() - start:.0f} s; one line added to {record}")

@@ -3,8 +3,9 @@
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
 The local loss, the choice of clients and the rule of averaging are arguments: another method needs
-no edit here. One worker model and one optimiser serve every client in turn, so memory does not grow
-with their number. A client sends its weights and its sample count, nothing else.
+no edit here. One worker model and one optimiser serve every client in turn: beside them there is only a
+copy of the weights for each client of the round. A client sends its weights and its sample count,
+nothing else.
 Needs torch; copies into another project as it is. There:
 
     >>> def loss(model, batch, *_): return (model(batch) - 1).square().mean(), {}
@@ -29,8 +30,9 @@ def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=
     lr: a schedule, the round's number r -> its learning rate; without it the optimiser's own.
     """
     for r in range(start, rounds):
-        for group in optimizer.param_groups if lr else ():
-            group["lr"] = lr(r)
+        if lr:
+            for group in optimizer.param_groups:
+                group["lr"] = lr(r)
         yield r, federated_round(model, optimizer, samples, split, loss, r, **options)
 
 
@@ -58,34 +60,29 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     mine = share_out(clients, [len(split[k]) for k in clients], *processes())
     # 2. Send: every client starts from the same global weights.
     global_state = copy_state(model)
-    weights, reports = [], {}
-
-    def returned_states():
-        for k in mine:
-            if progress:
-                progress(len(reports), len(mine))
-            model.load_state_dict(global_state)
-            reset_optimizer(optimizer)
-            # 3. Train locally, on the client's own images alone.
-            reports[k] = train_client(model, optimizer, samples, split[k], loss, k,
-                                      keyed_generator(seed, "client", r, k), local_epochs,
-                                      batch_size, global_state)
-            # 4. Return the weights, unless the client has diverged.
-            if math.isfinite(reports[k]["loss"]) and is_finite(model):
-                weights.append(len(split[k]))
-                yield copy_state(model)
-            else:
-                reports[k] = None
-
-        reports.update(gather(reports))
-        if not any(reports.values()):
-            model.load_state_dict(global_state)
-            raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
-
-    # 5. Average: the states arrive one by one, so that only one is held at a time; each has its
-    # weight appended as it arrives.
-    model.load_state_dict(average(returned_states(), weights, global_state))
+    states, weights, reports = [], [], {}
+    for k in mine:
+        if progress:
+            progress(len(reports), len(mine))
+        model.load_state_dict(global_state)
+        reset_optimizer(optimizer)
+        # 3. Train locally, on the client's own images alone.
+        report = train_client(model, optimizer, samples, split[k], loss, k,
+                              keyed_generator(seed, "client", r, k), local_epochs, batch_size,
+                              global_state)
+        # 4. Return the weights and the sample count, unless the client has diverged.
+        finite = math.isfinite(report["loss"]) and is_finite(model)
+        reports[k] = report if finite else None
+        if finite:
+            states.append(copy_state(model))
+            weights.append(len(split[k]))
+    model.load_state_dict(global_state)
+    reports = gather(reports)
     kept = [k for k in clients if reports[k]]
+    if not kept:
+        raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
+    # 5. Average.
+    model.load_state_dict(average(states, weights, global_state))
     samples_kept = sum(len(split[k]) for k in kept)
     terms = {name: sum(len(split[k]) * reports[k][name] for k in kept) / samples_kept
              for name in reports[kept[0]]}

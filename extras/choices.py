@@ -17,6 +17,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
+from eval import load_checkpoint  # noqa: E402
 from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
 
 
@@ -70,6 +71,12 @@ def make_method(config, images, split):
     changed = functools.partial(objective, dsr=dsr, distill=distill)
     method = {"loss": train.make_loss(config, len(split), images.device, changed)}
     if config["method"] == "ssd-cosine":
+        done = load_checkpoint(config["resume"])[0]["config"] if config["resume"] else config
+        if done["rounds"] != config["rounds"]:
+            raise ValueError(
+                f"--rounds {config['rounds']}: the schedule is that of "
+                f"{done['rounds']} rounds, start a run of its own"
+            )
         method["lr"] = lambda r: config["lr"] * (1 + math.cos(math.pi * r / config["rounds"])) / 2
     return method
 

@@ -7,6 +7,7 @@ names end in the seed. Five figures: the sphere before and after DSR, the split,
 uniformity against alignment, the two views.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -96,9 +97,11 @@ def rounds(plt, rows):
     }
     figure, axes = plt.subplots(2, 2, figsize=(8, 6.5), sharex=True)
     for axis, (title, (key, sign)) in zip(axes.flat, panels.items()):
-        for colour, (label, runs) in zip(COLOURS, rows.items()):
+        for colour, (label, runs) in zip(itertools.cycle(COLOURS), rows.items()):
             lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
-            values = np.array([[sign * json.loads(line)[key] for line in part] for part in lines])
+            values = np.array(
+                [[sign * json.loads(line).get(key, np.nan) for line in part] for part in lines]
+            )
             axis.plot(range(1, 1 + values.shape[1]), values.mean(0), color=colour, label=label)
         axis.set_title(title, fontsize=13)
     for axis in axes[1]:
@@ -108,11 +111,18 @@ def rounds(plt, rows):
     return figure
 
 
+def own_scores(run):
+    """The last line of a run's eval.jsonl on its own data set."""
+    data_set = json.loads((run / "config.json").read_text())["dataset"]
+    lines = map(json.loads, (run / "eval.jsonl").read_text().splitlines())
+    return [line for line in lines if line["dataset"] == data_set][-1]
+
+
 def trade_off(plt, rows):
     """Uniformity of z against its alignment: a point a row, mean ± std over the seeds."""
     figure, axis = plt.subplots(figsize=(7, 4.8))
-    for colour, (label, runs) in zip(COLOURS, rows.items()):
-        scores = [json.loads((run / "eval.jsonl").read_text().splitlines()[-1]) for run in runs]
+    for colour, (label, runs) in zip(itertools.cycle(COLOURS), rows.items()):
+        scores = [own_scores(run) for run in runs]
         ends = [[-score[key] for score in scores] for key in ("alignment_z", "uniformity_z")]
         (x, y) = map(statistics.mean, ends)
         spread = [statistics.stdev(end) if len(end) > 1 else 0 for end in ends]

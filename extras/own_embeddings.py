@@ -1,10 +1,11 @@
-"""Geometry of z where client k's images are embedded as client k embeds them in training.
+"""Geometry of the clients' own images, under hard separation each in its client's dimensions.
 
     python extras/own_embeddings.py runs/ablation/*/last.pt      # ten seconds a run, CPU
 
-eval.py embeds test images, which are no client's, by z = u / ||u||. Under hard separation (hsd)
-client k's z is another: only its own dimensions of u count. Here all clients' training images are
-taken, two views each, and hsd's are separated; other methods are embedded as ever, to compare.
+eval.py embeds test images, which are no client's, by z = u / ||u||. In training, hard separation
+(hsd) has another z for client k: only its own dimensions of u count. Here the trained network
+embeds all clients' training images, two views each, and hsd's z are separated as in training; other
+methods' are u / ||u||, to compare.
 """
 
 import sys
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_dataset, two_views  # noqa: E402
-from eval import OneLineParser, alignment, encode, load_checkpoint, uniformity_parts  # noqa: E402
+from eval import OneLineParser, alignment, encode, load_checkpoint, mean_parts  # noqa: E402
 from losses import hard_separation, scaling_vectors  # noqa: E402
 
 
@@ -48,10 +49,7 @@ def main(argv=None):
         except (ValueError, OSError) as error:
             parser.error(str(error))
         z1, z2, client = own_embeddings(checkpoint, model, images)
-        total, intra, inter = uniformity_parts(z1, client)
-        sizes = torch.bincount(client).double()
-        own = (sizes * (sizes - 1)).sum() / (len(z1) * (len(z1) - 1))
-        values = -total, -(intra.sum() / own).log(), -(inter.sum() / (1 - own)).log()
+        values = [-value for value in mean_parts(z1, client)]
         print(
             "".join(f"{v:12.3f}   " for v in (*values, alignment(z1, z2))) + str(path), flush=True
         )

@@ -6,9 +6,10 @@
 
 A row is a method of train.py, extras/baselines.py or extras/choices.py and, if need be, more of its
 flags; what follows `--` is common to all rows. The row `local` trains every client alone, by align
-+ uniform, and takes the mean of their scores. A row and a seed make one run folder (`local`: one a
-client), which is trained, and scored by eval.py, unless that is done (remove eval.jsonl to score
-anew): the same command goes on where it was stopped, and prints the table alone once all is there.
++ uniform, in every round, and takes the mean of their scores. A row and a seed make one run folder
+(`local`: one a client), which is trained, and scored by eval.py, unless that is done: the same
+command goes on where it was stopped, and prints the table alone once all is there. Folders made
+with other flags are refused. All scores go to scores.jsonl in the study's folder, a line each.
 The scale is the flags' business: without flags it is the paper's run.
 """
 
@@ -25,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import baselines  # noqa: E402
 import choices  # noqa: E402
 
+import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from eval import OneLineParser  # noqa: E402
 
 SCRIPTS = {"train.py": train, "extras/baselines.py": baselines, "extras/choices.py": choices}
 COLUMNS = {  # heading: key of eval.jsonl, factor, digits
@@ -47,27 +48,37 @@ COLUMNS = {  # heading: key of eval.jsonl, factor, digits
 
 def plan(row, seed, folder, common):
     """The runs that make a row with a seed: a list of script, flags, run folder; flags checked."""
-    name = "-".join(word.strip("-").replace("/", "_") for word in shlex.split(row))
-    folder, (method, *more) = folder / f"{name}-seed{seed}", shlex.split(row)
+    method, *more = shlex.split(row) or [""]
+    name = "-".join(word.strip("-").replace("/", "_") for word in (method, *more))
+    folder = folder / f"{name}-seed{seed}"
+    alone = method == "local"
+    method = "fedalignuniform" if alone else method
     flags = [*common, "--method", method, *more, "--seed", str(seed)]
-    if method == "local":
-        flags[flags.index("local")] = "fedalignuniform"
-        clients = range(train.build_parser().parse_args(flags).clients or 10)
-        alone = [([*flags, "--client", str(k)], folder / f"client-{k}") for k in clients]
-        return [("extras/baselines.py", flags, folder) for flags, folder in alone]
-    script = "extras/baselines.py" if method in baselines.NAMES else "train.py"
-    script = "extras/choices.py" if method in choices.CHOICES else script
-    SCRIPTS[script].build_parser().parse_args(flags)
-    return [(script, flags, folder)]
+    script = "extras/choices.py" if method in choices.CHOICES else "train.py"
+    if alone or method in baselines.NAMES or "--client" in more:
+        script = "extras/baselines.py"
+    args = SCRIPTS[script].build_parser().parse_args(flags)
+    if not alone:
+        return [(script, flags, folder)]
+    clients = len(train.read_split(args.split_file)) if args.split_file else args.clients or 10
+    return [(script, [*flags, "--client", str(k)], folder / f"client-{k}") for k in range(clients)]
 
 
 def train_one(script, flags, folder):
     """Train a run folder to its end, from its checkpoint if it has one; it may be there whole."""
-    last = folder / "last.pt"
+    module, last = SCRIPTS[script], folder / "last.pt"
+    parser = module.build_parser()
+    asked, _ = train.read_config(parser, flags, module.METHODS)
     if last.exists():
-        flags, module = [*flags, "--resume", str(last)], SCRIPTS[script]
-        config, checkpoint = train.read_config(module.build_parser(), flags, module.METHODS)
-        if checkpoint["round"] == config["rounds"]:
+        flags = ["--resume", str(last), "--rounds", str(asked["rounds"])]
+        there, checkpoint = train.read_config(parser, flags, module.METHODS)
+        for name in sorted(asked.keys() - train.MAY_CHANGE - {"out"}):
+            if asked[name] != there[name] and (name, asked[name]) != ("amp", None):
+                raise ValueError(
+                    f"{folder} was trained with {name} {there[name]}, not {asked[name]}: "
+                    "take another folder for the study"
+                )
+        if checkpoint["round"] == asked["rounds"]:
             return
     else:
         flags = [*flags, "--out", str(folder)]
@@ -75,18 +86,23 @@ def train_one(script, flags, folder):
 
 
 def scores(folder, data_set, flags):
-    """The last line of folder/eval.jsonl on a data set (None: the run's own), made if missing."""
+    """The line of folder/eval.jsonl on a data set (None: the run's own), made if missing."""
     rounds = len((folder / "metrics.jsonl").read_text().splitlines())
-    wanted = data_set or json.loads((folder / "config.json").read_text())["dataset"]
-    record = folder / "eval.jsonl"
+    data_set = data_set or json.loads((folder / "config.json").read_text())["dataset"]
+    flags, record = [*flags, "--dataset", data_set], folder / "eval.jsonl"
+    args = vars(evaluation.build_parser().parse_args(["last.pt", *flags]))
 
     def found():
         lines = map(json.loads, record.read_text().splitlines() if record.exists() else [])
-        return [line for line in lines if (line["dataset"], line["round"]) == (wanted, rounds)]
+        return [
+            line
+            for line in lines
+            if (line["dataset"], line["round"]) == (data_set, rounds)
+            and all(args[name] == value for name, value in line["flags"].items())
+        ]
 
     if not found():
-        other = ["--dataset", data_set] if data_set else []
-        command = [sys.executable, ROOT / "eval.py", folder / "last.pt", *flags, *other]
+        command = [sys.executable, ROOT / "eval.py", folder / "last.pt", *flags]
         subprocess.run(command, check=True)
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     seconds = [line["seconds"] for line in lines]
@@ -119,7 +135,7 @@ def table(rows):
 
 def main(argv=None):
     """Flags -> runs -> one table for the runs' own data set and one for every transfer."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = evaluation.OneLineParser("extras/study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, help="where the run folders lie, e.g. runs/ablation")
     add(
@@ -135,26 +151,39 @@ def main(argv=None):
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     cut = argv.index("--")
     args, common = parser.parse_args(argv[:cut]), argv[cut + 1 : -1]
-    plans = {  # every flag is checked before the first run starts
-        (row, seed): plan(row, seed, args.folder, common)
-        for seed in args.seeds  # a whole table of the first seed comes first
-        for row in args.rows
-    }
     results = {}
     try:
+        plans = {  # every flag is checked before the first run starts
+            (row, seed): plan(row, seed, args.folder, common)
+            for seed in args.seeds  # a whole table of the first seed comes first
+            for row in args.rows
+        }
+        flags = shlex.split(args.evaluation)
+        asked = evaluation.build_parser().parse_args(["last.pt", *flags])
+        if asked.dataset:
+            raise ValueError("--evaluation has --dataset: that is what --transfer is for")
+        if asked.own_images and args.transfer:
+            raise ValueError("--own-images and --transfer exclude each other: run the study twice")
         for (row, seed), runs in plans.items():
-            for script, flags, folder in runs:
+            for script, run_flags, folder in runs:
                 print(f"== {row}, seed {seed}: {folder}", flush=True)
-                train_one(script, flags, folder)
+                train_one(script, run_flags, folder)
             for data_set in (None, *args.transfer):
-                found = [scores(run[2], data_set, shlex.split(args.evaluation)) for run in runs]
-                results.setdefault(data_set, {}).setdefault(row, []).append(mean(found))
-    except ValueError as error:
+                found = [scores(folder, data_set, flags) for _, _, folder in runs]
+                results.setdefault(data_set, {}).setdefault(row, []).append((seed, mean(found)))
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # it has said why
+    with (args.folder / "scores.jsonl").open("w") as file:
+        for data_set, rows in results.items():
+            for row, runs in rows.items():
+                for seed, run in runs:
+                    line = {"row": row, "seed": seed, "transfer": data_set, **run}
+                    file.write(json.dumps(line) + "\n")
     for data_set, rows in results.items():
-        print(f"\n{f'transfer to {data_set}' if data_set else 'own data set'}\n\n{table(rows)}")
+        print(f"\n{f'transfer to {data_set}' if data_set else 'own data set'}\n")
+        print(table({row: [run for _, run in runs] for row, runs in rows.items()}))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
     command += ["--evaluation", "--epochs 1 --finetune 0.5", "--", *SMALL]
     study.main(command)
     assert calls == ["train", "eval"] * 4
-    assert sorted(path.name for path in Path("runs").iterdir()) == [
+    assert sorted(path.name for path in Path("runs").iterdir() if path.is_dir()) == [
         "dsr-no-projector-seed0",
         "dsr-no-projector-seed1",
         "pd-seed0",
@@ -60,8 +60,43 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
     assert rows == [line for line in printed.splitlines() if line.startswith("|")]
     assert rows[0].startswith("| | LP % | kNN %") and len(rows) == 4
     assert rows[2].startswith("| pd | ") and rows[2].endswith("| 2 |") and rows[2].count("±") >= 5
+    lines = [json.loads(line) for line in Path("runs/scores.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["seed"]) for line in lines] == [
+        ("pd", 0),
+        ("pd", 1),
+        ("dsr --no-projector", 0),
+        ("dsr --no-projector", 1),
+    ]
+    assert f"| pd | {(lines[0]['linear_probe'] + lines[1]['linear_probe']) / 2:.2f} " in rows[2]
     study.main([*command, "--rounds", "2"])  # goes on with the same runs
     assert calls[8:] == ["train", "eval"] * 4
+
+
+def test_scores_of_another_protocol_are_no_scores_and_runs_of_other_flags_no_runs(calls, capsys):
+    command = ["runs", "--rows", "pd", "--seeds", "0", "--evaluation"]
+    study.main([*command, "--epochs 1 --finetune --own-images", "--", *SMALL])
+    study.main([*command, "--epochs 1 --finetune 0.1", "--", *SMALL])
+    study.main([*command, "--epochs 1 --finetune --own-images", "--", *SMALL])
+    assert calls == ["train", "eval", "eval"]
+    table = capsys.readouterr().out.split("own data set")
+    assert "FT 10 %" in table[2] and "FT 10 %" not in table[1] + table[3]
+    for other, words in (
+        ([flag for flag in SMALL if flag not in ("--width", "2")], "width 2, not 64"),
+        ([*SMALL, "--limit", "60"], "limit None, not 60"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            study.main([*command, "--epochs 1 --finetune", "--", *other])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert len(calls) == 3
+
+
+def test_local_has_the_clients_of_a_split_file(tmp_path):
+    (tmp_path / "split.json").write_text("[[0, 1], [2, 3], [4, 5]]")
+    flags = ["--split-file", str(tmp_path / "split.json")]
+    runs = study.plan("local", 0, Path("runs"), flags)
+    assert [folder.name for _, _, folder in runs] == ["client-0", "client-1", "client-2"]
+    ((script, flags, _),) = study.plan("fedalignuniform --client 1", 0, Path("runs"), [])
+    assert script == "extras/baselines.py" and flags[-4:-2] == ["--client", "1"]
 
 
 def test_an_untrained_row(calls, capsys):
@@ -99,6 +134,11 @@ def test_the_table_by_hand():
     "flags, words",
     [
         (["--rows", "fedavg"], "fedavg"),
+        (["--rows", ""], "--method"),
+        (["--rows", "'ssd"], "quotation"),
+        (["--evaluation", "--epochs x"], "--epochs"),
+        (["--evaluation", "--dataset shapes"], "--transfer"),
+        (["--evaluation=--own-images", "--transfer", "shapes"], "--own-images"),
         (["--rows", "ssd --lr 0"], "--lr"),
         (["--seeds", "x"], "'x'"),
         (["--", "--no-such-flag"], "--no-such-flag"),
