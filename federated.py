@@ -3,7 +3,7 @@
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
 The local loss, the choice of clients and the rule of averaging are arguments: another method needs
-no edit here. One worker model and one optimiser serve every client in turn: beside them there is only a
+no edit here. One worker model and one optimiser play every client in turn; beside them there is one
 copy of the weights for each client of the round. A client sends its weights and its sample count,
 nothing else.
 Needs torch; copies into another project as it is. There:

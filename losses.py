@@ -2,12 +2,14 @@
 
     L = L_align + beta L_uniform + gamma L_DSR + delta L_distill          paper: 1, 1, 0.1
 
-    L_align   = E ||z1 - z2||^2                            two views of one image come together
-    L_uniform = log E exp(-t ||z - z'||^2)                 different images spread on the sphere
-    L_DSR     = E ||z - stopgrad(z * d_k)||^2              each client leans to its own dimensions
-    L_distill = E KL( softmax(h) || softmax(u) )           h learns what DSR did to u
+    L_align   = E ||z1 - z2||^2                    two views of one image come together
+    L_uniform = log E exp(-t ||z - z'||^2)         different images spread on the sphere
+    L_DSR     = E ||z - stopgrad(target)||^2       target = z * d_k / ||z * d_k||: each client
+                                                   leans to its own dimensions
+    L_distill = E KL( softmax(h) || softmax(u) )   h learns what DSR did to u
 
 h representation, u projector output, z = u / ||u||, d_k client k's scale vector, the server's.
+The paper prints DSR's target as z * d_k: see `dsr_loss`.
 Needs torch; copies into another project as it is. There:
 
     >>> h1, u1, h2, u2 = torch.randn(4, 32, 512)     # your network's, of two views of 32 images
@@ -16,7 +18,7 @@ Needs torch; copies into another project as it is. There:
     >>> sorted(terms), loss.shape
     (['align', 'distill', 'dsr', 'uniform'], torch.Size([]))
 
-    python losses.py        # two clients on a sphere before and after DSR (a second, CPU)
+    python losses.py        # values to check by hand; DSR parts two clients (a second, CPU)
 """
 import math
 import warnings
@@ -73,9 +75,10 @@ def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
 def dsr_loss(z, d_k, on_sphere=True):
     """Dimension-scaled regularisation, mean ||z - stopgrad(target)||^2: z unit rows (B, D) -> ().
 
-    on_sphere=False: target = z * d_k, the paper's formula as printed. With its gamma 1 and scale 10
-    the gradient on a client's own dimensions is 18 z and drowns the other terms.
-    on_sphere=True, what training uses: target = z * d_k / ||z * d_k||: same direction, loss <= 4.
+    on_sphere=True, what training uses: target = z * d_k / ||z * d_k||; loss in [0, 4].
+    on_sphere=False: target = z * d_k, the formula as the paper prints it. With its gamma 1 and
+    scale a = 10 the gradient on a client's own dimensions is -2 (a - 1) z / B = -18 z / B, drowns
+    the other terms and nothing is learnt (README, Results).
     d_k (D,). The gradient for z is 2 (z - target) / B: nothing flows through the target.
     """
     if z.ndim != 2 or d_k.shape != z.shape[1:]:
@@ -135,28 +138,40 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
 
 
 def toy(steps=5):
-    """The paper's toy picture: after 0, 1, ... steps of DSR alone, two clients' points (200, 3)."""
+    """The paper's toy picture: two clients' points (200, 3) after 0, 1, ... steps of DSR alone.
+
+    Yields [client 0's, client 1's] and their inter-client -L_uniform. A step is gradient descent on
+    every point's own DSR loss, step size 0.1: z <- normalise(0.8 z + 0.2 target).
+    """
     d, draws = scaling_vectors(num_clients=2, dim=3), torch.Generator().manual_seed(0)
     both = [F.normalize(1 + 0.5 * torch.randn(200, 3, generator=draws), dim=1) for _ in d]
-    yield list(both)
-    for _ in range(steps):
+    for step in range(steps + 1):
+        yield list(both), -(-2 * torch.cdist(*both).square()).exp().mean().log().item()
         for k, d_k in enumerate(d):
             z = both[k].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(dsr_loss(z, d_k) * len(z), z)
             both[k] = F.normalize(z - 0.1 * gradient, dim=1).detach()
-        yield list(both)
 
 
 def main():
-    """The toy in figures: DSR moves two clients' points on the sphere apart."""
-    print("Two clients, 200 points each on the unit sphere in 3-D, moved by DSR alone (step 0.1)")
+    """Values to check by hand, and the toy picture in figures."""
+    east, north, west = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).split(1)
+    for name, other in (("at a right angle", north), ("opposite", west)):
+        print(f"two points {name}: align {align_loss(east, other):.0f}, the squared distance; "
+              f"uniform {uniform_loss(torch.cat([east, other])):.0f}, -t times it")
+    z, d_k = torch.tensor([[0.6, 0.8]]), torch.tensor([10.0, 1.0])
+    print(f"z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132); "
+          f"dsr {dsr_loss(z, d_k):.3f} = 0.391^2 + 0.668^2")
+    h, u = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
+    print(f"softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2): distill {distill_loss(h, u):.3f} "
+          "= 3/4 log 3/2 + 1/4 log 1/2")
+    print("\ntwo clients, 200 points each on the unit sphere in 3-D, moved by DSR alone")
     for k, d_k in enumerate(scaling_vectors(num_clients=2, dim=3)):
         print(f"d_{k} = {d_k.tolist()}")
-    for step, both in enumerate(toy()):
-        kernel = (-2 * torch.cdist(*both).square()).exp().mean()
-        means = "   ".join(f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
-                           for k, z in enumerate(both))
-        print(f"{step} steps: inter-client -L_uniform {-kernel.log():.3f}   {means}")
+    for step, (both, inter) in enumerate(toy()):
+        means = ", ".join(f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
+                          for k, z in enumerate(both))
+        print(f"step {step}: inter-client -L_uniform {inter:.3f}, {means}")
 
 
 if __name__ == "__main__":

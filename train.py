@@ -12,7 +12,6 @@ training images), metrics.jsonl (a line a round) and last.pt (after every round)
 """
 import argparse
 import contextlib
-import copy
 import io
 import json
 import math
@@ -343,8 +342,8 @@ def meet():
 # ---------------------------------------------------------------------------- training
 
 
-def run(config, first, model, monitor, method, data, split, folder):
-    """All rounds from `first` on: train, score, print a line, append it to metrics.jsonl, save."""
+def run(config, rounds_done, model, monitor, method, images, split, folder):
+    """All rounds that are left: train, score, print a line, append it to metrics.jsonl, save."""
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"],
                                 weight_decay=config["weight_decay"])
     rank, _ = processes()
@@ -355,7 +354,7 @@ def run(config, first, model, monitor, method, data, split, folder):
 
     begun = tick = time.time()
     for r, report in train_federated(
-            model, optimizer, data.train_x, split, rounds=config["rounds"], start=first,
+            model, optimizer, images, split, rounds=config["rounds"], start=rounds_done,
             participation=config["participation"], local_epochs=config["local_epochs"],
             batch_size=config["batch_size"], seed=config["seed"], progress=progress, **method):
         if rank:
@@ -369,7 +368,7 @@ def run(config, first, model, monitor, method, data, split, folder):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         save(folder, r + 1, config, split, model)
-        minutes = (time.time() - begun) / (r + 1 - first) * (config["rounds"] - r - 1) / 60
+        minutes = (time.time() - begun) / (r + 1 - rounds_done) * (config["rounds"] - r - 1) / 60
         print(CLEAR, end="", file=sys.stderr, flush=True)
         print(f"round {r + 1:3d}/{config['rounds']}  "
               + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
@@ -378,7 +377,7 @@ def run(config, first, model, monitor, method, data, split, folder):
 
 
 def prepare(argv, parser, methods, make_model, make_method):
-    """Flags -> config, checkpoint's round, data, split, networks, method, run folder."""
+    """Flags -> config, rounds done, data, split, network, method, run folder."""
     config, checkpoint = read_config(parser, argv, methods)
     rank, count = processes()
     if count > 1 and torch.cuda.is_available() and config["device"] in ("auto", "cuda"):
@@ -390,22 +389,22 @@ def prepare(argv, parser, methods, make_model, make_method):
         raise ValueError("--method hsd needs --scale other than 1: it marks own dimensions")
     data = load_dataset(config["dataset"], config["data_dir"])
     split = make_split(config, data.train_y, checkpoint)
-    untrained = make_model(config).to(device, memory_format=torch.channels_last)
-    model, first = copy.deepcopy(untrained), 0
+    model, rounds_done = make_model(config).to(device, memory_format=torch.channels_last), 0
     if checkpoint:
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
             raise ValueError(f"{config['resume']} has weights that --method {config['method']} "
                              "does not have: it is not a checkpoint of this script") from error
-        first = checkpoint["round"]
+        rounds_done = checkpoint["round"]
     data = data._replace(train_x=data.train_x.to(device))
     method = make_method(config, data.train_x, split)
     if rank:
         folder = None
     else:
-        folder = reopen_run(config, first) if checkpoint else open_run(config, split, model, device)
-    return config, first, data, split, model, untrained, method, folder
+        folder = (reopen_run(config, rounds_done) if checkpoint else
+                  open_run(config, split, model, device))
+    return config, rounds_done, data, split, model, method, folder
 
 
 def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_method=make_method):
@@ -424,7 +423,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
         sys.stdout = None  # one process speaks, and checks everything before the others begin
         meet()
     try:
-        config, first, data, split, model, untrained, method, folder = prepare(
+        config, rounds_done, data, split, model, method, folder = prepare(
             argv, parser, methods, make_model, make_method)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -439,7 +438,8 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
               f"{'bfloat16' if config['amp'] else 'float32'}"
               + (f", {count} processes" if count > 1 else ""), flush=True)
         monitor = make_monitor(config, data, np.concatenate(split))
-        run(config, first, model, monitor, method, data, split, folder)
+        run(config, rounds_done, model, monitor, method, data.train_x, split, folder)
+        untrained = make_model(config).to(device, memory_format=torch.channels_last)
         print(f"""
 kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {monitor(untrained)['knn']:.1f} % \
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)

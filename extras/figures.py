@@ -48,7 +48,8 @@ def sphere(plt):
     points = list(toy())
     view = torch.tensor([[-0.71, 0.0, 0.71], [-0.41, 0.82, -0.41], [0.58, 0.58, 0.58]])
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.7))
-    for axis, both, when in zip(axes, (points[0], points[-1]), ("before DSR", "after DSR")):
+    ends = zip(axes, (points[0], points[-1]), ("before DSR", "after five steps"))
+    for axis, (both, inter), when in ends:
         axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#999999", linewidth=1))
         for k, (z, d_k) in enumerate(zip(both, scaling_vectors(2, 3))):
             seen = z @ view.T
@@ -58,8 +59,7 @@ def sphere(plt):
             )
             own = ((d_k != 1).float() @ view.T).tolist()
             axis.plot([0, own[0]], [0, own[1]], color=COLOURS[k], linestyle=":")
-        kernel = (-2 * torch.cdist(*both).square()).exp().mean()
-        axis.set_title(f"{when}: inter-client\n−L_uniform {-kernel.log():.2f}", fontsize=13)
+        axis.set_title(f"{when}: inter-client\n−L_uniform {inter:.2f}", fontsize=13)
         axis.set_aspect("equal")
         axis.axis("off")
     legend(figure, axes[0])
