@@ -226,7 +226,8 @@ def two_views(images, generator, scale=(0.08, 1.0)):
     sees the same views).
     """
     both = images.repeat(2, 1, 1, 1)
-    return augment(both, draw_params(*both.shape[::2], both.shape[3], generator, scale)).chunk(2)
+    n, _, height, width = both.shape
+    return augment(both, draw_params(n, height, width, generator, scale)).chunk(2)
 
 
 def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2):
@@ -243,12 +244,11 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gr
     ratio = torch.exp((2 * rand(10) - 1) * math.log(4 / 3))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
-    first = fits.float().argmax(1, keepdim=True)
+    first, misfit = fits.float().argmax(1, keepdim=True), ~fits.any(1)
     fallback_h, fallback_w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    h, w = (torch.where(fits.any(1), side.gather(1, first)[:, 0], float(fallback))
+    h, w = (torch.where(misfit, float(fallback), side.gather(1, first)[:, 0])
             for side, fallback in ((h, fallback_h), (w, fallback_w)))
     top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
-    misfit = ~fits.any(1)
     top[misfit], left[misfit] = (height - fallback_h) // 2, (width - fallback_w) // 2
     jittered = rand() < jitter_p
     return {
@@ -274,6 +274,7 @@ def augment(images, params):
     blends = order[order != HUE].view(-1, 3)
     factors = params["factor"].gather(1, blends)
     is_hue = (order == HUE) & (params["hue"] != 0)[:, None]
+    # Hue is costly, so only the images whose turn it is: turned[p] have it after p of the blends.
     turned = [is_hue[:, place].nonzero()[:, 0] for place in range(4)]
     blends, factors, flip, gray, hue = (
         value.to(device, non_blocking=True)[..., None, None, None]

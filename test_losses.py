@@ -32,9 +32,8 @@ def unit_rows(n=6, d=8, seed=0):
 
 
 def rotation(d=8):
-    return torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(9)).double())[
-        0
-    ]
+    draws = torch.randn(d, d, generator=torch.Generator().manual_seed(9)).double()
+    return torch.linalg.qr(draws).Q
 
 
 # ---------------------------------------------------------------- values that one can work out
@@ -49,12 +48,10 @@ def test_alignment_by_hand():
 
 def test_uniformity_by_hand():
     assert uniform_loss(torch.stack([EAST, EAST])) == 0  # collapse: the worst value
-    assert uniform_loss(torch.stack([EAST, NORTH])) == pytest.approx(
-        -4
-    )  # one pair, distance^2 = 2, t = 2
-    assert uniform_loss(torch.stack([EAST, WEST])) == pytest.approx(
-        -8
-    )  # -4t, two points at their farthest
+    # one pair, distance^2 = 2, t = 2
+    assert uniform_loss(torch.stack([EAST, NORTH])) == pytest.approx(-4)
+    # -4t, two points at their farthest
+    assert uniform_loss(torch.stack([EAST, WEST])) == pytest.approx(-8)
     three = torch.stack([EAST, NORTH, WEST])  # pairs: 2, 2 and 4 apart (squared)
     assert uniform_loss(three) == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
     assert uniform_loss(three, t=1.0) == pytest.approx(
@@ -73,10 +70,8 @@ def test_dsr_by_hand():
 
 
 def test_distillation_by_hand():
-    h, u = (
-        torch.tensor([[math.log(3.0), 0.0]]),
-        torch.tensor([[0.0, 0.0]]),
-    )  # p = (3/4, 1/4), q = (1/2, 1/2)
+    # softmaxes p = (3/4, 1/4), q = (1/2, 1/2)
+    h, u = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])
     forward = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     backward = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert distill_loss(h, u) == pytest.approx(forward)  # KL( softmax(h) || softmax(u) )
@@ -160,9 +155,8 @@ def test_dsr_gradient_is_exactly_two_times_the_difference(on_sphere):
     dsr_loss(z, d_k, on_sphere).backward()
     target = z.detach() * d_k
     target = F.normalize(target, dim=1) if on_sphere else target
-    assert torch.allclose(
-        z.grad, 2 * (z.detach() - target) / len(z), rtol=1e-12
-    )  # through z, not the target
+    # through z, not the target
+    assert torch.allclose(z.grad, 2 * (z.detach() - target) / len(z), rtol=1e-12)
 
 
 def test_literal_dsr_pushes_eighteen_times_z_on_the_scaled_dimensions():
@@ -215,9 +209,8 @@ def test_distillation_is_zero_only_for_equal_softmaxes():
 
 
 def test_uniformity_stays_exact_in_float32_under_autocast():
-    z = F.normalize(
-        torch.ones(64, 128) + 0.05 * torch.randn(64, 128), dim=1
-    )  # near collapse: bf16 is off by 6e-3
+    # near collapse, where bfloat16 is off by 6e-3
+    z = F.normalize(torch.ones(64, 128) + 0.05 * torch.randn(64, 128), dim=1)
     with torch.autocast("cpu", torch.bfloat16):
         value = uniform_loss(z)
     assert value.dtype == torch.float32

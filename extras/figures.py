@@ -36,6 +36,14 @@ STYLE = {  # a light card of its own: it reads the same on a light and on a dark
 }
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#888888"]
 
+LABELS = {  # as in the README's tables; other rows keep their names
+    "fedalignuniform": "FedAlignUniform",
+    "pd": "+ PD",
+    "dsr": "+ DSR",
+    "ssd": "SSD (both)",
+    "hsd": "HSD",
+}
+
 
 def legend(figure, axis):
     """One legend for the whole figure, below it."""
@@ -68,7 +76,7 @@ def sphere(plt):
 
 
 def split(plt, run):
-    """How many images of a class each client has, as areas."""
+    """How many images of a class each client has, as areas; the largest is labelled."""
     config = json.loads((run / "config.json").read_text())
     data = load_dataset(config["dataset"], config["data_dir"])
     parts = json.loads((run / "split.json").read_text()).values()
@@ -78,6 +86,8 @@ def split(plt, run):
     figure, axis = plt.subplots(figsize=(7, 0.5 * len(data.classes) + 1.5))
     k, c = np.indices(counts.shape)
     axis.scatter(k, c, 600 * counts / counts.max(), COLOURS[0])
+    k, c = np.unravel_index(counts.argmax(), counts.shape)
+    axis.annotate(f"{counts.max():,}", (k, c), (12, 8), textcoords="offset points")
     axis.set_yticks(range(len(data.classes)), data.classes)
     axis.set_xticks(range(len(counts)), [f"{k}\n{n:,}" for k, n in enumerate(counts.sum(1))])
     axis.set(
@@ -88,21 +98,25 @@ def split(plt, run):
 
 
 def rounds(plt, rows):
-    """Uniformity of h and z, alignment, kNN over the rounds, mean over the seeds."""
+    """Uniformity of h and z, alignment, kNN over the rounds: mean over the seeds, band ± std."""
     panels = {
-        "−L_uniform of h": ("uniformity_h", -1),
-        "−L_uniform of z": ("uniformity_z", -1),
-        "alignment loss": ("align", 1),
-        "kNN, per cent": ("knn", 1),
+        "−L_uniform of h (↑ more uniform)": ("uniformity_h", -1),
+        "−L_uniform of z (↑ more uniform)": ("uniformity_z", -1),
+        "alignment in training (↓ closer)": ("align", 1),
+        "kNN %, 2,000 labels (↑)": ("knn", 1),
     }
-    figure, axes = plt.subplots(2, 2, figsize=(8, 6.5), sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(7.6, 6.5), sharex=True)
     for axis, (title, (key, sign)) in zip(axes.flat, panels.items()):
         for colour, (label, runs) in zip(itertools.cycle(COLOURS), rows.items()):
             lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
             values = np.array(
                 [[sign * json.loads(line).get(key, np.nan) for line in part] for part in lines]
             )
-            axis.plot(range(1, 1 + values.shape[1]), values.mean(0), color=colour, label=label)
+            r, mean = range(1, 1 + values.shape[1]), values.mean(0)
+            axis.plot(r, mean, color=colour, label=LABELS.get(label, label))
+            if len(values) > 1:
+                std = values.std(0, ddof=1)
+                axis.fill_between(r, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
         axis.set_title(title, fontsize=13)
     for axis in axes[1]:
         axis.set_xlabel("round")
@@ -126,7 +140,9 @@ def trade_off(plt, rows):
         ends = [[-score[key] for score in scores] for key in ("alignment_z", "uniformity_z")]
         (x, y) = map(statistics.mean, ends)
         spread = [statistics.stdev(end) if len(end) > 1 else 0 for end in ends]
-        axis.errorbar(x, y, spread[1], spread[0], "o", color=colour, capsize=3, label=label)
+        axis.errorbar(
+            x, y, spread[1], spread[0], "o", color=colour, capsize=3, label=LABELS.get(label, label)
+        )
     legend(figure, axis)
     axis.set(xlabel="−L_align of z (better →)", ylabel="−L_uniform of z (better ↑)")
     figure.tight_layout()

@@ -1,5 +1,6 @@
 """extras/figures.py: five files from run folders, and one line for every mistake."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import eval as evaluation
 import train
 from data import draw_shapes
 
-pytest.importorskip("matplotlib")
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 NAMES = ["rounds.svg", "sphere.svg", "split.svg", "trade_off.svg", "views.png"]
@@ -32,18 +32,32 @@ def runs(monkeypatch, tmp_path):
 
 
 def test_five_figures_the_same_again(runs):
+    pytest.importorskip("matplotlib")
     figures.main(["runs", "--out", "one"])
     figures.main(["runs", "--out", "two"])
     assert sorted(path.name for path in Path("one").iterdir()) == NAMES
     for name in NAMES:
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
     rounds = Path("one/rounds.svg").read_text()
-    assert ">ssd<" in rounds and ">pd<" in rounds and ">dsr<" not in rounds
+    assert ">SSD (both)<" in rounds and ">+ PD<" in rounds and ">+ DSR<" not in rounds
     figures.main(["runs", "--out", "one", "--rows", "pd"])
-    assert ">ssd<" not in Path("one/rounds.svg").read_text()
+    assert ">SSD (both)<" not in Path("one/rounds.svg").read_text()
+
+
+def test_a_figure_shows_the_scores_on_the_runs_own_data_set(runs):
+    run = Path("runs/ssd-seed0")
+    own = figures.own_scores(run)
+    with (run / "eval.jsonl").open("a") as file:
+        file.write(json.dumps({**own, "dataset": "elsewhere", "uniformity_z": -9.0}) + "\n")
+    assert figures.own_scores(run) == own and -8 <= own["uniformity_z"] <= 0
+    assert {row: len(found) for row, found in figures.find_runs(Path("runs")).items()} == {
+        "pd": 1,
+        "ssd": 2,
+    }
 
 
 def test_mistakes_are_one_line(runs, capsys):
+    pytest.importorskip("matplotlib")
     capsys.readouterr()
     Path("empty").mkdir()
     for flags, words in (
