@@ -1,5 +1,6 @@
 """extras/baselines.py and extras/choices.py: loops, values by hand; every method trains."""
 
+import copy
 import itertools
 import json
 import math
@@ -29,10 +30,10 @@ from baselines import (
 )
 
 import train
-from data import draw_shapes
+from data import augment, draw_params, draw_shapes, two_views
 from eval import load_checkpoint, uniformity_parts
 from federated import average_states, keyed_generator
-from losses import dsr_loss, scaling_vectors, ssd_loss
+from losses import align_loss, dsr_loss, scaling_vectors, ssd_loss, uniform_loss
 
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp --lr 0.01".split()
@@ -48,6 +49,13 @@ def unit(*shape, seed=0):
 
 def cos(a, b):
     return float(a @ b / a.norm() / b.norm())
+
+
+def method_of(name, images, split, *flags):
+    """The config of a method and what its script hands to federated.py."""
+    flags = [*SMALL, "--method", name, *flags]
+    config, _ = train.read_config(baselines.build_parser(), flags, baselines.METHODS)
+    return config, baselines.make_method(config, images, split)
 
 
 # ---------------------------------------------------------------------------- FedDecorr
@@ -181,6 +189,17 @@ def test_least_norm_of_many_updates_meets_its_conditions():
     assert equal.tolist() == [0.2] * 5
 
 
+def test_least_norm_of_nearly_equal_updates_stays_in_the_simplex():
+    for seed in range(20):
+        apart = randn(3, 50, seed=seed) + 1
+        near = apart[0] * (1 + 1e-9 * randn(3, 50, seed=seed + 100))
+        updates = torch.cat([near, apart[1:]])
+        a = min_norm_weights(updates)
+        assert a.min() >= 0 and a.sum().item() == pytest.approx(1)
+        merged = (min_norm_weights(apart) @ apart).norm()
+        assert (a @ updates).norm().item() == pytest.approx(merged.item(), rel=1e-6)
+
+
 def state(w, mean=0.0, count=0):
     return {
         "w": torch.tensor(w),
@@ -202,6 +221,8 @@ def test_eua_by_hand():
     assert fedu2_average(still[:1], [1], start)["w"].tolist() == [0, 0]
     together = [state([2.0, 1.0])] * 3
     assert fedu2_average(together, [1, 2, 3], start)["w"].tolist() == pytest.approx([2, 1])
+    _, method = method_of("fedu2", torch.zeros(6, 3, 32, 32), [range(6)])
+    assert method["average"] is fedu2_average
 
 
 # ---------------------------------------------------------------------------- L-DAWA, FedProx
@@ -217,6 +238,9 @@ def test_ldawa_by_hand():
     new = ldawa_average(start, iter(clients))
     assert new["w"].tolist() == pytest.approx([3.8 / 3, 2.4 / 3])
     assert new["s"].item() == 4 and new["n"].item() == 4 and new["n"].dtype == torch.int64
+    _, method = method_of("ldawa", torch.zeros(6, 3, 32, 32), [range(4), range(4, 6)])
+    again = method["average"]([clients[k] for k in (1, 0, 2)], [5, 1, 2], start)
+    assert all(torch.allclose(again[name], value) for name, value in new.items())
 
 
 def test_ldawa_of_identical_models_is_that_model_also_where_it_is_zero():
@@ -234,6 +258,56 @@ def test_fedprox_by_hand():
     assert term.item() == pytest.approx(3 * 4 / 2)
     term.backward()
     assert torch.allclose(net.weight.grad, torch.full((1, 2), 2.0))
+
+
+# ---------------------------------------------------------------------------- local losses
+
+
+@pytest.mark.parametrize(
+    "name, dataset",
+    [("feddecorr", "shapes"), ("feddecorr", "cifar100")]
+    + [(name, "shapes") for name in ("fedx", "fedu2", "fedprox")],
+)
+def test_the_local_loss_by_hand(name, dataset):
+    """Client 1's, away from the global weights: value, gradient, what BatchNorm has seen."""
+    images, split = draw_shapes(60, 10).train_x, [range(0, 60, 2), range(1, 60, 2)]
+    beta = 1.0 if name == "fedx" else 0.5
+    flags = ["--dataset", dataset, "--beta", str(beta)]
+    config, method = method_of(name, images, split, *flags)
+    model, other_net = (baselines.make_model({**config, "seed": seed}) for seed in (0, 1))
+    by_hand, batch = copy.deepcopy(model).train(), images[1:33:2]
+    loss = method["loss"](model, batch, 1, keyed_generator(0), other_net.state_dict())[0]
+
+    draws = keyed_generator(0)
+    x1, x2 = two_views(batch, draws)
+    (h1, u1), (h2, u2) = by_hand(x1), by_hand(x2)
+    if name == "fedx":
+        others = images[1::2][torch.randint(30, (16,), generator=draws)]
+        x = augment(others, draw_params(16, 32, 32, draws))
+        with torch.no_grad():
+            global_u2, global_r = (other_net.eval()(view)[1] for view in (x2, x))
+        p1, p2 = by_hand.predictor(u1), by_hand.predictor(u2)
+        expected, _ = fedx_loss(u1, u2, p1, p2, global_u2, by_hand(x)[1], global_r)
+    else:
+        z1, z2 = F.normalize(u1, dim=1), F.normalize(u2, dim=1)
+        expected = align_loss(z1, z2) + 0.5 * (uniform_loss(z1) + uniform_loss(z2)) / 2
+    if name == "feddecorr":
+        weight = {"shapes": 0.1, "cifar100": 0.05}[dataset]
+        expected = expected + weight * (feddecorr_loss(h1) + feddecorr_loss(h2)) / 2
+    elif name == "fedu2":
+        expected = expected + 0.01 * fedu2_uniform(z1, draws) + 0.01 * fedu2_uniform(z2, draws)
+    elif name == "fedprox":
+        for w, start in zip(by_hand.parameters(), other_net.parameters()):
+            expected = expected + 0.005 * (w - start.detach()).square().sum()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and model.training
+    loss.backward()
+    expected.backward()
+    for (key, w), other in zip(model.named_parameters(), by_hand.parameters()):
+        assert torch.allclose(w.grad, other.grad, rtol=1e-3, atol=1e-5), key
+    for (key, value), other in zip(model.named_buffers(), by_hand.buffers()):
+        if not key.startswith("predictor"):  # only ever used with the batch's own statistics
+            assert torch.allclose(value, other, atol=1e-6), key
 
 
 # ---------------------------------------------------------------------------- choices
@@ -317,6 +391,17 @@ def test_cosine_falls_from_lr_to_nearly_zero():
     assert [line["lr"] for line in lines] == pytest.approx(expected)
 
 
+def test_cosine_takes_no_more_rounds_than_it_began_with(capsys):
+    run(choices, "--method", "ssd-cosine")
+    before = Path("runs/a/last.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        choices.main(["--method", "ssd-cosine", "--resume", "runs/a/last.pt", "--rounds", "2"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1
+    assert "--rounds 2: the schedule is that of 1 rounds" in err
+    assert Path("runs/a/last.pt").read_bytes() == before
+
+
 def test_fedx_goes_on_where_it_was_stopped_with_its_predictor():
     whole, _ = run(baselines, "--method", "fedx", "--rounds", "2", out="runs/b")
     run(baselines, "--method", "fedx")
@@ -327,14 +412,13 @@ def test_fedx_goes_on_where_it_was_stopped_with_its_predictor():
 
 def test_fedx_leaves_the_global_network_alone():
     """Its forward passes are in evaluation mode: not even BatchNorm's statistics move."""
-    flags = [*SMALL, "--method", "fedx"]
-    config, _ = train.read_config(baselines.build_parser(), flags, baselines.METHODS)
     images = draw_shapes(40, 10).train_x
-    model = baselines.make_model(config)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
+    config, method = method_of("fedx", images, [range(40)])
+    model, start = baselines.make_model(config), baselines.make_model(config).state_dict()
     kept = {name: value.clone() for name, value in start.items()}
-    loss = baselines.make_method(config, images, [range(40)])["loss"]
-    value, _ = loss(model, images[:16], 0, keyed_generator(0), start)
+    for name, _ in model.named_parameters():
+        start[name].requires_grad_()
+    value, _ = method["loss"](model, images[:16], 0, keyed_generator(0), start)
     value.backward()
     assert equal(start, kept) and model.training
     assert all(value.grad is None for value in start.values())
@@ -358,6 +442,12 @@ def test_one_client_alone():
         (["--client", "-1"], "--client"),
         (["--method", "fedx", "--compile"], "--compile does not work with --method fedx"),
         (["--method", "fedavg"], "invalid choice: 'fedavg'"),
+    ]
+    + [
+        (["--method", name, flag, value], f"{flag} {value}: --method {name} has no such term")
+        for name in ("feddecorr", "fedx", "fedu2", "fedprox")
+        for flag, value in (("--gamma", "1"), ("--delta", "0.1"), ("--beta", "2"))
+        if flag != "--beta" or name == "fedx"
     ],
 )
 def test_mistakes_are_one_line(flags, words, capsys):
@@ -395,8 +485,7 @@ def test_hard_separation_makes_clients_orthogonal_where_it_is_applied(capsys):
     assert not torch.equal(z1, z2) and torch.allclose(z2.norm(dim=1), torch.ones(120))
 
 
-def test_the_rules_agree_with_fedavg_where_they_must():
-    """Clients alike: every rule of averaging gives what FedAvg gives."""
+def test_eua_of_clients_alike_is_fedavg():
     start, client = state([1.0, 2.0]), state([1.5, 1.0], 2.0, 3)
     fedavg = average_states([client] * 3, [1, 2, 3])
     eua = fedu2_average([client] * 3, [1, 2, 3], start)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from data import draw_shapes
+from data import Images, draw_shapes
 from eval import (
     alignment,
     effective_rank,
@@ -82,6 +82,17 @@ def light_and_dark(n):
     return (150 * noise + 100 * y.view(-1, 1, 1, 1)).byte(), y
 
 
+def settled_net(x):
+    """An untrained network whose BatchNorm has the statistics of x: features far apart."""
+    torch.manual_seed(0)
+    net = SSDNet(4)
+    for module in net.modules():
+        if hasattr(module, "momentum"):
+            module.momentum = None  # the plain mean over all batches seen
+    net.train()(x.float() / 255)
+    return net
+
+
 def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
     net, seen = SSDNet(4), []
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -94,6 +105,28 @@ def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     for name, value in seen[-1].state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("projector"), name
+
+
+def test_fine_tuning_sees_crops_and_flips_of_the_images_and_no_other_colours():
+    """Red rises by 4 a column, green by 4 a row, blue is even: the slopes tell box and flip."""
+    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    image = torch.stack([60 + 4 * column, 60 + 4 * row, torch.full((32, 32), 100)]).byte()
+    x, net, seen = image.repeat(100, 1, 1, 1), SSDNet(2), []
+
+    def look(encoder, args):
+        if encoder.training:
+            seen.append(args[0])
+
+    net.encoder.register_forward_pre_hook(look)
+    fine_tune(net, x, torch.arange(100) % 2, x[:1], torch.zeros(1).long(), epochs=1, amp=False)
+    red, green, blue = (255 * torch.cat(seen)).unbind(1)
+    assert torch.allclose(blue, torch.full_like(blue, 100), atol=0.01)
+    assert red.diff(dim=1).abs().max() < 0.01 and green.diff(dim=2).abs().max() < 0.01
+    width, height = 8 * red[:, 16].diff(dim=1)[:, 15], 8 * green[:, :, 16].diff(dim=1)[:, 15]
+    assert 0.3 < (width < 0).float().mean() < 0.7 and height.min() > 0
+    area = width.abs() * height / 32**2
+    assert 0.6 < area.min() < 0.7 and 0.95 < area.max() <= 1.001
+    assert width.abs().round().unique().numel() > 5 and height.round().unique().numel() > 5
 
 
 def test_uniformity_is_the_training_loss_on_unit_rows():
@@ -189,15 +222,19 @@ def checkpoint(tmp_path, monkeypatch):
     return tmp_path / "last.pt"
 
 
+def records(checkpoint):
+    return [json.loads(line) for line in (checkpoint.parent / "eval.jsonl").open()]
+
+
 def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
     for _ in range(2):
         evaluation.main([str(checkpoint), "--epochs", "2", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "linear probe" in printed and "inter-client" in printed and "3 rounds" in printed
-    lines = [
-        json.loads(line) for line in (checkpoint.parent / "eval.jsonl").read_text().splitlines()
-    ]
+    lines = records(checkpoint)
     assert len(lines) == 2 and lines[0]["dataset"] == "shapes" and lines[0]["round"] == 3
+    flags = {"epochs": 2, "finetune": [0.01, 0.1], "own_images": False, "seed": 0}
+    assert lines[0]["flags"] == flags and "2 epochs" in lines[0]["fine_tuning"]
     assert "fine-tuned,   1 %" in printed and "fine-tuned,  10 %" in printed
     for key in (
         "linear_probe",
@@ -214,9 +251,12 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
 
 def test_own_images_are_those_that_the_clients_hold(checkpoint, capsys):
     flags = ["--epochs", "1", "--device", "cpu", "--finetune"]
-    evaluation.main([str(checkpoint), *flags, "--own-images"])
+    evaluation.main([str(checkpoint), *flags, "--own-images", "--seed", "3"])
     printed = capsys.readouterr().out
     assert "150 training and 100 test" in printed and "fine-tuned" not in printed
+    (line,) = records(checkpoint)
+    assert line["flags"] == {"epochs": 1, "finetune": [], "own_images": True, "seed": 3}
+    assert line["fine_tuning"] is None and line["labels"] == 150
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(checkpoint), *flags, "--own-images", "--dataset", "cifar10"])
     assert stop.value.code == 2
@@ -226,7 +266,69 @@ def test_transfer_has_no_clients(checkpoint, capsys):
     flags = ["--epochs", "1", "--dataset", "cifar10", "--device", "cpu", "--finetune"]
     evaluation.main([str(checkpoint), *flags])
     assert "inter-client" not in capsys.readouterr().out
-    assert json.loads((checkpoint.parent / "eval.jsonl").read_text())["dataset"] == "cifar10"
+    assert records(checkpoint)[0]["dataset"] == "cifar10"
+
+
+def test_parts_are_those_of_the_images_that_clients_hold(checkpoint, monkeypatch):
+    """Unequal clients of different images, some held by none: a loop over all pairs."""
+    x, y = light_and_dark(200)
+    data = Images(x, y, *light_and_dark(20), ["dark", "bright"])
+    monkeypatch.setattr(evaluation, "load_dataset", lambda *_: data)
+    monkeypatch.setattr(evaluation, "bf16_is_fast", lambda device: False)
+    content = torch.load(checkpoint, weights_only=True)
+    dark, bright = (y == 0).nonzero()[:, 0], (y == 1).nonzero()[:, 0]
+    content["model"] = settled_net(x).state_dict()
+    content["split"] = split = [torch.cat([dark, bright[:20]]), bright[20:50]]
+    torch.save(content, checkpoint)
+    flags = [str(checkpoint), "--epochs", "1", "--device", "cpu", "--finetune"]
+    evaluation.main(flags)
+    evaluation.main([*flags, "--own-images"])
+    for part, h in zip("hz", encode(load_checkpoint(checkpoint)[1], x)):
+        kernel, z = {True: [], False: []}, F.normalize(h.double(), dim=1).numpy()
+        held = [(k, z[i]) for k, index in enumerate(split) for i in index.tolist()]
+        for place, (k, a) in enumerate(held):
+            for other, b in held[:place]:
+                kernel[k == other].append(math.exp(4 * float(a @ b) - 4))
+        intra, inter = (math.log(sum(kernel[own]) / len(kernel[own])) for own in (True, False))
+        assert abs(intra - inter) > 0.02
+        for line in records(checkpoint):
+            assert line[f"uniformity_intra_{part}"] == pytest.approx(intra, abs=1e-4)
+            assert line[f"uniformity_inter_{part}"] == pytest.approx(inter, abs=1e-4)
+
+
+def test_everything_is_learnt_from_the_training_images(monkeypatch):
+    """Test images under the other class's label: who has not learnt from them is always wrong."""
+    (train_x, train_y), (test_x, test_y) = light_and_dark(40), light_and_dark(60)
+    order = test_y.argsort()  # not the training images' order
+    data = Images(train_x, train_y, test_x[order], 1 - test_y[order], ["dark", "bright"])
+    tuned = []
+    monkeypatch.setattr(
+        evaluation, "fine_tune", lambda *a, **k: (tuned.append(a[1:3]), fine_tune(*a, **k))[1]
+    )
+    scores = evaluation.evaluate(settled_net(train_x), data, epochs=30, fractions=(0.5,))
+    for key in ("linear_probe", "knn", "finetune_0.5"):
+        assert scores[key] < 20, key
+    some = stratified(train_y, 0.5)
+    assert torch.equal(tuned[0][0], train_x[some]) and torch.equal(tuned[0][1], train_y[some])
+
+
+def test_alignment_is_on_random_ones_of_all_test_images(monkeypatch):
+    number, seen = torch.arange(6000), []
+    x = torch.stack([number // 256, number % 256, 0 * number], 1).byte().view(-1, 3, 1, 1)
+    data = draw_shapes(20, 10)._replace(test_x=x, test_y=number % 10)
+
+    def views(images, generator):
+        seen.append(256 * images[:, 0, 0, 0].long() + images[:, 1, 0, 0])
+        return images, images
+
+    monkeypatch.setattr(evaluation, "two_views", views)
+    monkeypatch.setattr(evaluation, "encode", lambda m, x: [1 + x.float()[:, :, 0, 0]] * 2)
+    monkeypatch.setattr(evaluation, "uniformity", lambda h: 0.0)
+    for seed in (0, 1):
+        evaluation.evaluate(SSDNet(2), data, epochs=1, seed=seed)
+    for chosen in seen:
+        assert len(chosen.unique()) == 5000 and 750 < (chosen >= 5000).sum() < 920
+    assert not torch.equal(seen[0].sort().values, seen[1].sort().values)
 
 
 def test_inter_and_intra_are_values_on_the_scale_of_uniformity():
