@@ -14,6 +14,7 @@ does, and share its data, split, network and evaluation. Flags and run folder ar
     python train.py --method fedalignuniform --clients 1             # centralised: upper bound
 """
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -296,42 +297,37 @@ def make_loss(config, images, split):
     def forward(model, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=config["amp"]):
             h, u = model(x)
-            p = model.predictor(u) if name == "fedx" else u
-        return h.float(), u.float(), p.float()
+        return h.float(), u.float()
+
+    def predict(model, u):
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=config["amp"]):
+            return model.predictor(u).float()
 
     @torch.no_grad()
     def frozen_u(model, global_state, x):
         model.eval()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config["amp"]):
-            _, u = functional_call(model, global_state, x)
+        _, u = forward(functools.partial(functional_call, model, global_state), x)
         model.train()
-        return u.float()
+        return u
 
     def loss(model, batch, k, generator, global_state):
         x1, x2 = two_views(batch, generator)
-        (h1, u1, p1), (h2, u2, p2) = forward(model, x1), forward(model, x2)
+        (h1, u1), (h2, u2) = forward(model, x1), forward(model, x2)
         if name == "fedx":
+            p1, p2 = predict(model, u1), predict(model, u2)
             index = torch.randint(len(split[k]), (len(batch),), generator=generator)
             others = images[torch.as_tensor(split[k])[index].to(images.device)]
             x = augment(others, draw_params(len(batch), *batch.shape[2:], generator))
-            return fedx_loss(
-                u1,
-                u2,
-                p1,
-                p2,
-                frozen_u(model, global_state, x2),
-                forward(model, x)[1],
-                frozen_u(model, global_state, x),
-            )
+            _, r = forward(model, x)
+            global_u2, global_r = (frozen_u(model, global_state, v) for v in (x2, x))
+            return fedx_loss(u1, u2, p1, p2, global_u2, r, global_r)
         total, terms = ssd_loss(h1, u1, h2, u2, d_ones, config["beta"], gamma=0.0, delta=0.0)
         if name == "feddecorr":
             weight = 0.05 if config["dataset"] == "cifar100" else 0.1
             term = (feddecorr_loss(h1) + feddecorr_loss(h2)) / 2
         elif name == "fedu2":
-            weight, term = (
-                0.01,
-                sum(fedu2_uniform(F.normalize(u, dim=1), generator) for u in (u1, u2)),
-            )
+            weight = 0.01
+            term = sum(fedu2_uniform(F.normalize(u, dim=1), generator) for u in (u1, u2))
         else:
             weight, term = 0.01, fedprox_term(model, global_state)
         terms = {"align": terms["align"], "uniform": terms["uniform"], name: term.detach()}
