@@ -3,9 +3,8 @@
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
 The local loss, the choice of clients and the rule of averaging are arguments: another method needs
-no edit here. One worker model and one optimiser play every client in turn; beside them there is one
-copy of the weights for each client of the round. A client sends its weights and its sample count,
-nothing else.
+no edit here. One worker model and one optimiser serve every client in turn, so memory does not grow
+with their number. A client sends its weights and its sample count, nothing else.
 Needs torch; copies into another project as it is. There:
 
     >>> def loss(model, batch, *_): return (model(batch) - 1).square().mean(), {}
@@ -16,7 +15,6 @@ Needs torch; copies into another project as it is. There:
 
     python federated.py     # FedAvg on a problem whose answer is known (a second, CPU)
 """
-import functools
 import hashlib
 import math
 
@@ -45,7 +43,8 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     loss              (model, batch, k, generator, global_state) -> scalar to minimise, dict of
                       scalars to report; global_state: the round's global weights, to read only
     choose            (num_clients, participation, generator) -> ids; default `choose_clients`
-    average           (states, weights, global_state) -> state dict; default `average_states`
+    average           (states, weights, global_state) -> state dict, of all clients' states and
+                      sample counts, two lists; default FedAvg, one state at a time
     progress          (clients done, clients in all), called before each client
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
     weighted by samples}}. A client whose loss or weights are not finite is left out of both
@@ -56,33 +55,40 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     clients = choose(len(split), participation, keyed_generator(seed, "clients", r))
     if dist.is_initialized() and average:
         raise ValueError("a rule of averaging of your own needs all states: run one process")
-    average = average or functools.partial(average_states, all_reduce=dist.is_initialized())
     mine = share_out(clients, [len(split[k]) for k in clients], *processes())
     # 2. Send: every client starts from the same global weights.
     global_state = copy_state(model)
-    states, weights, reports = [], [], {}
-    for k in mine:
-        if progress:
-            progress(len(reports), len(mine))
-        model.load_state_dict(global_state)
-        reset_optimizer(optimizer)
-        # 3. Train locally, on the client's own images alone.
-        report = train_client(model, optimizer, samples, split[k], loss, k,
-                              keyed_generator(seed, "client", r, k), local_epochs, batch_size,
-                              global_state)
-        # 4. Return the weights and the sample count, unless the client has diverged.
-        finite = math.isfinite(report["loss"]) and is_finite(model)
-        reports[k] = report if finite else None
-        if finite:
-            states.append(copy_state(model))
-            weights.append(len(split[k]))
-    model.load_state_dict(global_state)
-    reports = gather(reports)
+    weights, reports = [], {}
+
+    def returned_states():  # one at a time, so that memory does not grow with the clients
+        for k in mine:
+            if progress:
+                progress(len(reports), len(mine))
+            model.load_state_dict(global_state)
+            reset_optimizer(optimizer)
+            # 3. Train locally, on the client's own images alone.
+            reports[k] = train_client(model, optimizer, samples, split[k], loss, k,
+                                      keyed_generator(seed, "client", r, k), local_epochs,
+                                      batch_size, global_state)
+            # 4. Return the weights and the sample count, unless the client has diverged.
+            if math.isfinite(reports[k]["loss"]) and is_finite(model):
+                weights.append(len(split[k]))
+                yield copy_state(model)
+            else:
+                reports[k] = None
+
+        reports.update(gather(reports))
+        if not any(reports.values()):
+            model.load_state_dict(global_state)
+            raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
+
+    # 5. Average: FedAvg takes the states as they arrive, another rule has them all at once.
+    if average:
+        new_state = average(list(returned_states()), weights, global_state)
+    else:
+        new_state = average_states(returned_states(), weights, global_state, dist.is_initialized())
+    model.load_state_dict(new_state)
     kept = [k for k in clients if reports[k]]
-    if not kept:
-        raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
-    # 5. Average.
-    model.load_state_dict(average(states, weights, global_state))
     samples_kept = sum(len(split[k]) for k in kept)
     terms = {name: sum(len(split[k]) * reports[k][name] for k in kept) / samples_kept
              for name in reports[kept[0]]}
