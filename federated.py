@@ -43,8 +43,8 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     loss              (model, batch, k, generator, global_state) -> scalar to minimise, dict of
                       scalars to report; global_state: the round's global weights, to read only
     choose            (num_clients, participation, generator) -> ids; default `choose_clients`
-    average           (states, weights, global_state) -> state dict, of all clients' states and
-                      sample counts, two lists; default FedAvg, one state at a time
+    average           (states, weights, global_state, r) -> state dict, of all clients' states
+                      and sample counts, two lists; default FedAvg, one state at a time
     progress          (clients done, clients in all), called before each client
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
     weighted by samples}}. A client whose loss or weights are not finite is left out of both
@@ -84,9 +84,10 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
 
     # 5. Average: FedAvg takes the states as they arrive, another rule has them all at once.
     if average:
-        new_state = average(list(returned_states()), weights, global_state)
+        new_state = average(list(returned_states()), weights, global_state, r)
     else:
-        new_state = average_states(returned_states(), weights, global_state, dist.is_initialized())
+        new_state = average_states(returned_states(), weights, global_state,
+                                   all_reduce=dist.is_initialized())
     model.load_state_dict(new_state)
     kept = [k for k in clients if reports[k]]
     samples_kept = sum(len(split[k]) for k in kept)
@@ -128,7 +129,7 @@ def choose_clients(num_clients, participation, generator):
     return torch.randperm(num_clients, generator=generator)[:count].sort().values.tolist()
 
 
-def average_states(states, weights, global_state=None, all_reduce=False):
+def average_states(states, weights, global_state=None, *, all_reduce=False):
     """FedAvg, sum_i w_i state_i / sum_i w_i, entry by entry -> state dict.
 
     states: an iterable of state dicts, read once and one at a time; weights: as many numbers >= 0.

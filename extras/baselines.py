@@ -207,9 +207,9 @@ def ldawa_average(global_state, states):
 
     for each tensor of the state with at least one dimension, biases and running statistics
     included; scalars are averaged. The deltas do not add up to K: weights shrink.
-    Paper / public code: the code's first two rounds are FedAvg by samples; here every round
-    follows the rule. A tensor of zeros (a bias or running mean before the first round) has no
-    angle: delta is 1 there.
+    A tensor of zeros (an untrained bias) has no angle: delta is 1 there. The first two rounds are
+    FedAvg by samples, as in the public code: from random weights the angles are so wide that the
+    weights, and with them the representation, shrink to nothing.
     """
     states = list(states)
 
@@ -274,9 +274,13 @@ def make_method(config, images, split):
                     f"--{weight} {config[weight]:g}: --method {name} has no such term, leave it out"
                 )
     if name == "ldawa":
-        method["average"] = lambda states, _, global_state: ldawa_average(global_state, states)
+        method["average"] = lambda states, weights, global_state, r: (
+            ldawa_average(global_state, states) if r >= 2 else average_states(states, weights)
+        )
     if name == "fedu2":
-        method["average"] = fedu2_average
+        method["average"] = lambda states, weights, global_state, r: fedu2_average(
+            states, weights, global_state
+        )
     if "average" in method and processes()[1] > 1:
         raise ValueError(f"--method {name} averages all states at once: run one process")
     if name in LOSSES:

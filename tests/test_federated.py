@@ -175,9 +175,9 @@ def test_reports_are_averaged_by_samples():
 
 
 def test_another_rule_of_averaging_needs_no_edit():
-    def last_one_wins(states, weights, global_state):
+    def last_one_wins(states, weights, global_state, r):
         assert same(global_state, small_net().state_dict())
-        assert weights == [len(part) for part in SPLIT]  # all are there before any is read
+        assert weights == [len(part) for part in SPLIT] and r == 0
         return states[-1]
 
     net, expected = small_net(), small_net()
@@ -197,7 +197,7 @@ def test_another_rule_of_averaging_needs_no_edit():
 
 
 def test_only_weights_and_sample_counts_reach_the_averaging():
-    def inspect(states, weights, global_state):
+    def inspect(states, weights, global_state, r):
         seen = list(states)
         assert weights == [10, 25, 25]
         for state in [*seen, global_state]:
