@@ -324,7 +324,9 @@ def leave_in_order(folder, script):
         status, why = 1, "out of GPU memory: start anew with a smaller --batch-size or --width"
     except OSError as error:
         status, why = 1, f"{error}. The last checkpoint is whole. {go_on}"
-    except dist.DistError as error:
+    except RuntimeError as error:  # gloo's are plain ones
+        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+            raise
         status, why = 1, f"another process has died ({str(error).splitlines()[0]}). {go_on}"
     if not processes()[0]:
         print(f"{CLEAR}{why}", file=sys.stderr, flush=True)
