@@ -1,5 +1,6 @@
 """README.md tells the truth: its losses, its commands' flags, its example, the copied files."""
 
+import json
 import os
 import re
 import shlex
@@ -108,6 +109,32 @@ def test_the_example_of_a_copied_file_works(name, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert re.fullmatch(r"TestResults\(failed=0, attempted=[3-9].*\)\n", done.stdout), done
+
+
+@pytest.mark.parametrize("record", ["ablation", "choices", "silo", "local", "device"])
+def test_a_table_of_results_is_that_of_its_runs(record):
+    """assets/*.jsonl are study.py's scores.jsonl: a line a run."""
+    rows = {}
+    for line in map(json.loads, (ROOT / f"assets/{record}.jsonl").read_text().splitlines()):
+        rows.setdefault(line["row"], []).append(line)
+    assert study.table(rows) in README
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("losses", "step 5: inter-client -L_uniform 1.787"),
+        ("federated", "round 6: w = 2.9531"),  # 3 (1 - 2^-6)
+        ("model", "encoder 11.17 M, projector 2.10 M"),
+        ("data", "all" + 10 * "      500" + "    5000"),
+    ],
+)
+def test_a_demonstration_runs_alone_in_an_empty_folder(name, shown, tmp_path):
+    assert f"`python {name}.py`" in README
+    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    command = [sys.executable, f"{name}.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and shown in done.stdout, done
 
 
 def test_every_file_that_is_linked_is_there():
