@@ -98,6 +98,7 @@ def scores(folder, data_set, flags):
             line
             for line in lines
             if (line["dataset"], line["round"]) == (data_set, rounds)
+            and "flags" in line
             and all(args[name] == value for name, value in line["flags"].items())
         ]
 
