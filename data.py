@@ -16,6 +16,7 @@ Needs torch, torchvision, numpy; copies into another project as it is. There:
 
     python data.py          # the client x class table of a Dirichlet split (a few seconds, CPU)
 """
+
 import contextlib
 import io
 import itertools
@@ -36,6 +37,7 @@ TINYIMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 class Images(NamedTuple):
     """A data set in memory: images uint8 (N, 3, 32, 32), labels int64 (N,) in [0, len(classes))."""
+
     train_x: torch.Tensor
     train_y: torch.Tensor
     test_x: torch.Tensor
@@ -44,6 +46,7 @@ class Images(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- data sets
+
 
 def load_dataset(name, root="data"):
     """Load a data set as `Images` (train_x, train_y, test_x, test_y, classes).
@@ -77,7 +80,8 @@ def _fetching(name, root, place):
             root.rmdir()
         raise FileNotFoundError(
             f"{name} is not in {place} and could not be downloaded ({error}); put it there, "
-            "or use --dataset shapes, which needs no download") from error
+            "or use --dataset shapes, which needs no download"
+        ) from error
 
 
 def _load_cifar(name, root):
@@ -94,14 +98,19 @@ def _load_tinyimagenet(root):
     if not (folder / "val" / "val_annotations.txt").is_file():
         with _fetching("tinyimagenet", root, folder):
             torchvision.datasets.utils.download_and_extract_archive(
-                TINYIMAGENET_URL, root, md5=TINYIMAGENET_MD5)
+                TINYIMAGENET_URL, root, md5=TINYIMAGENET_MD5
+            )
     train = torchvision.datasets.ImageFolder(folder / "train")
     # The official val/ is one flat folder; the class of each file stands in a table beside it.
     lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
     names, wnids = zip(*(line.split("\t")[:2] for line in lines))
-    return Images(_read_images([path for path, _ in train.samples]), torch.tensor(train.targets),
-                  _read_images([folder / "val" / "images" / name for name in names]),
-                  torch.tensor([train.class_to_idx[w] for w in wnids]), train.classes)
+    return Images(
+        _read_images([path for path, _ in train.samples]),
+        torch.tensor(train.targets),
+        _read_images([folder / "val" / "images" / name for name in names]),
+        torch.tensor([train.class_to_idx[w] for w in wnids]),
+        train.classes,
+    )
 
 
 def _load_folder(root):
@@ -116,9 +125,13 @@ def _load_folder(root):
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: train/ and {test_dir.name}/ differ in their classes: {odd[:5]}")
-    return Images(_read_images([path for path, _ in train.samples]), torch.tensor(train.targets),
-                  _read_images([path for path, _ in test.samples]), torch.tensor(test.targets),
-                  train.classes)
+    return Images(
+        _read_images([path for path, _ in train.samples]),
+        torch.tensor(train.targets),
+        _read_images([path for path, _ in test.samples]),
+        torch.tensor(test.targets),
+        train.classes,
+    )
 
 
 def _read_images(paths):
@@ -142,8 +155,18 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
     Every image has four objects of its class on a cluttered background. Colour, size, place and
     rotation are drawn independently of the class: only the outline tells it.
     """
-    names = ["disk", "ring", "square", "triangle", "star", "cross", "bar", "half-disk", "crescent",
-             "two-disks"]
+    names = [
+        "disk",
+        "ring",
+        "square",
+        "triangle",
+        "star",
+        "cross",
+        "bar",
+        "half-disk",
+        "crescent",
+        "two-disks",
+    ]
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(num_train + num_test) % len(names)
     x = torch.cat([_draw_batch(part, generator) for part in y.split(500)])
@@ -161,30 +184,36 @@ def _draw_batch(labels, generator, size=32, oversample=2):
     image = F.interpolate(uniform(0.3, 0.7, 3, 8, 8), side, mode="bilinear")
     for centre in itertools.product((-0.5, 0.5), repeat=2):
         # x, y: the pixels as the object sees them, moved, turned and scaled to its radius
-        y, x = (c - at - uniform(-0.08, 0.08, 1, 1)
-                for c, at in zip(torch.meshgrid(axis, axis, indexing="ij"), centre))
+        y, x = (
+            c - at - uniform(-0.08, 0.08, 1, 1)
+            for c, at in zip(torch.meshgrid(axis, axis, indexing="ij"), centre)
+        )
         turn, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.4, 0.55, 1, 1)
         cos, sin = turn.cos() / radius, turn.sin() / radius
         x, y = x * cos + y * sin, y * cos - x * sin
         r, angle = x.hypot(y), torch.atan2(y, x)
         near, far = torch.minimum(x.abs(), y.abs()), torch.maximum(x.abs(), y.abs())
-        inside = torch.stack([
-            r < 0.85,
-            (r < 1) & (r > 0.55),
-            far < 0.75,
-            r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
-            r < 0.6 + 0.4 * (5 * angle).cos(),
-            (near < 0.25) & (far < 0.95),
-            (x.abs() < 1) & (y.abs() < 0.3),
-            (r < 1) & (y > 0),
-            (r < 1) & ((x - 0.5).hypot(y) > 0.7),
-            (x.abs() - 0.55).hypot(y) < 0.42])[labels, torch.arange(n)]
+        inside = torch.stack(
+            [
+                r < 0.85,
+                (r < 1) & (r > 0.55),
+                far < 0.75,
+                r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
+                r < 0.6 + 0.4 * (5 * angle).cos(),
+                (near < 0.25) & (far < 0.95),
+                (x.abs() < 1) & (y.abs() < 0.3),
+                (r < 1) & (y > 0),
+                (r < 1) & ((x - 0.5).hypot(y) > 0.7),
+                (x.abs() - 0.55).hypot(y) < 0.42,
+            ]
+        )[labels, torch.arange(n)]
         colour = uniform(0.7, 1.3, 3, 1, 1).remainder(1)  # no channel near the background's
         image = torch.where(inside[:, None], colour, image)
     return (F.avg_pool2d(image, oversample) * 255).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------- split
+
 
 def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws=1000):
     """Partition indices over clients: class c goes to the clients by proportions p_c ~ Dir(alpha).
@@ -195,11 +224,15 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
     """
     labels = np.asarray(labels)
     if num_clients < 1 or not 0 < alpha < math.inf or min_size < 1:
-        raise ValueError("dirichlet_split needs num_clients >= 1, finite alpha > 0, min_size >= 1, "
-                         f"got {num_clients}, {alpha}, {min_size}")
+        raise ValueError(
+            "dirichlet_split needs num_clients >= 1, finite alpha > 0, min_size >= 1, "
+            f"got {num_clients}, {alpha}, {min_size}"
+        )
     if num_clients * min_size > len(labels):
-        raise ValueError(f"{num_clients} clients with {min_size} samples each need more than the "
-                         f"{len(labels)} there are: take fewer clients")
+        raise ValueError(
+            f"{num_clients} clients with {min_size} samples each need more than the "
+            f"{len(labels)} there are: take fewer clients"
+        )
     rng = np.random.default_rng(seed)
     by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     best = 0
@@ -211,11 +244,14 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
         if sizes.min() >= min_size:
             parts = [np.split(rng.permutation(index), cut) for cut, index in zip(cuts, by_class)]
             return [np.sort(np.concatenate(part)).astype(np.int64) for part in zip(*parts)]
-    raise ValueError(f"alpha {alpha} gave the smallest of {num_clients} clients at most {best} "
-                     f"samples in {max_redraws} draws, it needs {min_size}: raise alpha or lower K")
+    raise ValueError(
+        f"alpha {alpha} gave the smallest of {num_clients} clients at most {best} "
+        f"samples in {max_redraws} draws, it needs {min_size}: raise alpha or lower K"
+    )
 
 
 # ---------------------------------------------------------------------------- views
+
 
 def two_views(images, generator, scale=(0.08, 1.0)):
     """Two random views of each image: uint8 (B, 3, H, W) -> two float32 (B, 3, H, W) in [0, 1].
@@ -237,6 +273,7 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gr
     in [3/4, 4/3], ten tries and then the largest centred box within these ratios; jitter factors
     ~ U(0.2, 1.8), hue shift ~ U(-0.2, 0.2) of the circle; the order of the four jitters is random.
     """
+
     def rand(*shape):
         return torch.rand(n, *shape, generator=generator)
 
@@ -246,18 +283,20 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gr
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
     first, misfit = fits.float().argmax(1, keepdim=True), ~fits.any(1)
     fallback_h, fallback_w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    h, w = (torch.where(misfit, float(fallback), side.gather(1, first)[:, 0])
-            for side, fallback in ((h, fallback_h), (w, fallback_w)))
+    h, w = (
+        torch.where(misfit, float(fallback), side.gather(1, first)[:, 0])
+        for side, fallback in ((h, fallback_h), (w, fallback_w))
+    )
     top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
     top[misfit], left[misfit] = (height - fallback_h) // 2, (width - fallback_w) // 2
     jittered = rand() < jitter_p
     return {
-        "box": torch.stack([top, left, h, w], 1),                             # (n, 4) pixels
-        "flip": rand() < 0.5,                                                 # (n,)
-        "factor": torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0),   # (n, 3), not hue
-        "hue": torch.where(jittered, 0.4 * rand() - 0.2, 0.0),                # (n,) of a turn
-        "order": rand(4).argsort(1),                                          # (n, 4), as below
-        "gray": rand() < gray_p,                                              # (n,)
+        "box": torch.stack([top, left, h, w], 1),  # (n, 4) pixels
+        "flip": rand() < 0.5,  # (n,)
+        "factor": torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0),  # (n, 3), not hue
+        "hue": torch.where(jittered, 0.4 * rand() - 0.2, 0.0),  # (n,) of a turn
+        "order": rand(4).argsort(1),  # (n, 4), as below
+        "gray": rand() < gray_p,  # (n,)
     }
 
 
@@ -278,7 +317,8 @@ def augment(images, params):
     turned = [is_hue[:, place].nonzero()[:, 0] for place in range(4)]
     blends, factors, flip, gray, hue = (
         value.to(device, non_blocking=True)[..., None, None, None]
-        for value in (blends, factors, params["flip"], params["gray"], params["hue"]))
+        for value in (blends, factors, params["flip"], params["gray"], params["hue"])
+    )
     top, left, h, w = params["box"].to(device, non_blocking=True).T[..., None]
 
     # Crop, resize and flip are linear along each axis: a matrix for the rows, one for the columns.
@@ -317,8 +357,12 @@ def _turn_hue(x, turn):
 
 if __name__ == "__main__":
     labels = np.arange(5000) % 10
-    table = np.stack([np.bincount(labels[part], minlength=10)
-                      for part in dirichlet_split(labels, num_clients=10, alpha=0.1)])
+    table = np.stack(
+        [
+            np.bincount(labels[part], minlength=10)
+            for part in dirichlet_split(labels, num_clients=10, alpha=0.1)
+        ]
+    )
     print("Dirichlet(0.1) split of 10 classes x 500 images over 10 clients: columns sum to 500\n")
     print("client" + "".join(f"{f'class {c}':>9}" for c in range(10)) + f"{'all':>8}")
     for k, row in enumerate(table):

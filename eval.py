@@ -20,6 +20,7 @@ Needs data.py and model.py beside it. In another project:
     python eval.py runs/NAME/last.pt --finetune                      # without fine-tuning
     python eval.py runs/NAME/last.pt --dataset cifar100              # transfer
 """
+
 import argparse
 import copy
 import json
@@ -76,11 +77,22 @@ def stratified(labels, fraction, seed=0):
     """Indices of round(fraction * n_c) of each class's n_c samples, at least one: sorted int64."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = [order[labels[order] == c] for c in labels.unique()]
-    return torch.cat([own[:max(1, round(fraction * len(own)))] for own in by_class]).sort().values
+    return torch.cat([own[: max(1, round(fraction * len(own)))] for own in by_class]).sort().values
 
 
-def fine_tune(model, train_x, train_y, test_x, test_y, epochs=200, lr=1e-3, head_lr=0.3,
-              batch_size=128, seed=0, amp=None):
+def fine_tune(
+    model,
+    train_x,
+    train_y,
+    test_x,
+    test_y,
+    epochs=200,
+    lr=1e-3,
+    head_lr=0.3,
+    batch_size=128,
+    seed=0,
+    amp=None,
+):
     """Train a copy of the encoder and a linear head on labelled images: per cent on the test set.
 
     Images uint8 (N, 3, H, W), labels int64 (N,), all on the CPU. The paper's protocol: SGD with
@@ -92,8 +104,11 @@ def fine_tune(model, train_x, train_y, test_x, test_y, epochs=200, lr=1e-3, head
     amp = bf16_is_fast(device) if amp is None else amp
     model, train_x, train_y = copy.deepcopy(model), train_x.to(device), train_y.to(device)
     head = _zero_head(encode(model, test_x[:1])[0], train_y)
-    optimizer = torch.optim.SGD([{"params": model.encoder.parameters()},
-                                 {"params": head.parameters(), "lr": head_lr}], lr, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [{"params": model.encoder.parameters()}, {"params": head.parameters(), "lr": head_lr}],
+        lr,
+        momentum=0.9,
+    )
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
@@ -132,8 +147,10 @@ def uniformity_parts(h, client, t=2.0):
     sign of Wang & Isola (2020), and the tables show -total.
     """
     if h.ndim != 2 or len(h) < 2 or client.shape != h.shape[:1]:
-        raise ValueError("uniformity needs h (N, D) with N >= 2 and one client id a row, "
-                         f"got {tuple(h.shape)} and {tuple(client.shape)}")
+        raise ValueError(
+            "uniformity needs h (N, D) with N >= 2 and one client id a row, "
+            f"got {tuple(h.shape)} and {tuple(client.shape)}"
+        )
     z, member = F.normalize(h.float(), dim=1), F.one_hot(client.long()).float()
     sums = 0
     for rows in torch.arange(len(z), device=z.device).split(1000):
@@ -216,13 +233,21 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
     some = torch.randperm(len(data.test_x), generator=generator)[:5000]
     views = two_views(data.test_x[some].to(device), generator)
     (h1, u1), (h2, u2) = (encode(model, view) for view in views)
-    scores = {"linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs, seed=seed),
-              "knn": knn_accuracy(train_h, train_y, test_h, test_y)}
+    scores = {
+        "linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs, seed=seed),
+        "knn": knn_accuracy(train_h, train_y, test_h, test_y),
+    }
     for fraction in fractions:
         some = stratified(data.train_y, fraction, seed)
         scores[f"finetune_{fraction:g}"] = fine_tune(
-            model, data.train_x[some], data.train_y[some], data.test_x, data.test_y, epochs,
-            seed=seed)
+            model,
+            data.train_x[some],
+            data.train_y[some],
+            data.test_x,
+            data.test_y,
+            epochs,
+            seed=seed,
+        )
     for part, test, one, two in (("h", test_h, h1, h2), ("z", test_u, u1, u2)):
         scores[f"uniformity_{part}"] = uniformity(test)
         scores[f"alignment_{part}"] = alignment(one, two)
@@ -245,9 +270,14 @@ def print_scores(scores):
         print(f"  fine-tuned, {100 * float(key[9:]):3g} % {scores[key]:6.2f} %")
     print(f"  kNN (k=200)       {scores['knn']:6.2f} %\n")
     print("                        h        z\n                  encoder  projector")
-    rows = (("-L_uniform", "uniformity", -1), ("  intra-client", "uniformity_intra", -1),
-            ("  inter-client", "uniformity_inter", -1), ("alignment", "alignment", 1),
-            ("effective rank", "effective_rank", 1), ("norm of h, u", "norm", 1))
+    rows = (
+        ("-L_uniform", "uniformity", -1),
+        ("  intra-client", "uniformity_intra", -1),
+        ("  inter-client", "uniformity_inter", -1),
+        ("alignment", "alignment", 1),
+        ("effective rank", "effective_rank", 1),
+        ("norm of h, u", "norm", 1),
+    )
     for label, key, sign in rows:
         if f"{key}_h" in scores:
             values = (sign * scores[f"{key}_{part}"] for part in "hz")
@@ -284,13 +314,18 @@ def load_checkpoint(path):
         needed = {"dataset", "method", "seed", "width", "projector"}
         if type(rounds) is not int or rounds < 0 or not needed <= config.keys():
             raise ValueError("its round or config is not one")
-        if any(part.ndim != 1 or part.dtype != torch.int64 or part.min() < 0
-               for part in checkpoint["split"]):
+        if any(
+            part.ndim != 1 or part.dtype != torch.int64 or part.min() < 0
+            for part in checkpoint["split"]
+        ):
             raise ValueError("its split is not one")
         with torch.device("meta"):  # no memory is taken before the shapes are known to fit
             model = SSDNet(config["width"], projector=config["projector"])
-        state = {name: value for name, value in checkpoint["model"].items()
-                 if name.split(".")[0] in ("encoder", "projector")}
+        state = {
+            name: value
+            for name, value in checkpoint["model"].items()
+            if name.split(".")[0] in ("encoder", "projector")
+        }
         model.load_state_dict(state, assign=True)
         return checkpoint, model.to(memory_format=torch.channels_last)
     except Exception as error:
@@ -317,10 +352,19 @@ def build_parser():
     add("--dataset", help="another data set than the checkpoint's (transfer)")
     add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
     add("--epochs", type=int, default=200, help="of probe and fine-tuning (%(default)s, as paper)")
-    add("--finetune", type=float, nargs="*", default=[0.01, 0.1], metavar="SHARE",
-        help="shares of the labels to fine-tune on, none to leave it out (0.01 0.1, as the paper)")
-    add("--own-images", action="store_true",
-        help="take labels only of the images that the run's clients hold (a run with --limit)")
+    add(
+        "--finetune",
+        type=float,
+        nargs="*",
+        default=[0.01, 0.1],
+        metavar="SHARE",
+        help="shares of the labels to fine-tune on, none to leave it out (0.01 0.1, as the paper)",
+    )
+    add(
+        "--own-images",
+        action="store_true",
+        help="take labels only of the images that the run's clients hold (a run with --limit)",
+    )
     add("--seed", type=int, default=0, help="of label subsets, shuffling, views (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     return parser
@@ -355,19 +399,31 @@ def main(argv=None):
             data = data._replace(train_x=data.train_x[own], train_y=data.train_y[own])
     except (ValueError, OSError, IndexError) as error:
         parser.error(str(error))
-    print(f"{args.checkpoint}: {config['method']}, {checkpoint['round']} rounds on "
-          f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: "
-          f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n")
+    print(
+        f"{args.checkpoint}: {config['method']}, {checkpoint['round']} rounds on "
+        f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: "
+        f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n"
+    )
     scores = evaluate(model.to(device), data, client_of, args.epochs, args.seed, args.finetune)
     print_scores(scores)
     probe = f"Adam, lr 3e-3, batch 512, {args.epochs} epochs, raw h, un-augmented, last epoch"
-    tuning = (f"SGD 0.9, lr 1e-3, head 0.3, batch 128, {args.epochs} epochs, crop 0.64..1, flip, "
-              "last epoch")
+    tuning = (
+        f"SGD 0.9, lr 1e-3, head 0.3, batch 128, {args.epochs} epochs, crop 0.64..1, flip, "
+        "last epoch"
+    )
     flags = {name: getattr(args, name) for name in ("epochs", "finetune", "own_images", "seed")}
-    line = {"dataset": dataset, "round": checkpoint["round"], "flags": flags, **scores,
-            "labels": len(data.train_y), "probe": probe,
-            "fine_tuning": tuning if args.finetune else None, "device": str(device),
-            "torch": torch.__version__, "seconds": round(time.time() - start, 1)}
+    line = {
+        "dataset": dataset,
+        "round": checkpoint["round"],
+        "flags": flags,
+        **scores,
+        "labels": len(data.train_y),
+        "probe": probe,
+        "fine_tuning": tuning if args.finetune else None,
+        "device": str(device),
+        "torch": torch.__version__,
+        "seconds": round(time.time() - start, 1),
+    }
     with record.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(f"\n  {time.time() - start:.0f} s; one line added to {record}")

@@ -15,6 +15,7 @@ Needs torch; copies into another project as it is. There:
 
     python federated.py     # FedAvg on a problem whose answer is known (a second, CPU)
 """
+
 import hashlib
 import math
 
@@ -34,8 +35,22 @@ def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=
         yield r, federated_round(model, optimizer, samples, split, loss, r, **options)
 
 
-def federated_round(model, optimizer, samples, split, loss, r, *, participation=1.0, local_epochs=5,
-                    batch_size=128, seed=0, choose=None, average=None, progress=None):
+def federated_round(
+    model,
+    optimizer,
+    samples,
+    split,
+    loss,
+    r,
+    *,
+    participation=1.0,
+    local_epochs=5,
+    batch_size=128,
+    seed=0,
+    choose=None,
+    average=None,
+    progress=None,
+):
     """Round r; the model holds the global weights before and after.
 
     model, optimizer  the worker that plays every client in turn
@@ -67,9 +82,18 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
             model.load_state_dict(global_state)
             reset_optimizer(optimizer)
             # 3. Train locally, on the client's own images alone.
-            reports[k] = train_client(model, optimizer, samples, split[k], loss, k,
-                                      keyed_generator(seed, "client", r, k), local_epochs,
-                                      batch_size, global_state)
+            reports[k] = train_client(
+                model,
+                optimizer,
+                samples,
+                split[k],
+                loss,
+                k,
+                keyed_generator(seed, "client", r, k),
+                local_epochs,
+                batch_size,
+                global_state,
+            )
             # 4. Return the weights and the sample count, unless the client has diverged.
             if math.isfinite(reports[k]["loss"]) and is_finite(model):
                 weights.append(len(split[k]))
@@ -86,18 +110,22 @@ def federated_round(model, optimizer, samples, split, loss, r, *, participation=
     if average:
         new_state = average(list(returned_states()), weights, global_state, r)
     else:
-        new_state = average_states(returned_states(), weights, global_state,
-                                   all_reduce=dist.is_initialized())
+        new_state = average_states(
+            returned_states(), weights, global_state, all_reduce=dist.is_initialized()
+        )
     model.load_state_dict(new_state)
     kept = [k for k in clients if reports[k]]
     samples_kept = sum(len(split[k]) for k in kept)
-    terms = {name: sum(len(split[k]) * reports[k][name] for k in kept) / samples_kept
-             for name in reports[kept[0]]}
+    terms = {
+        name: sum(len(split[k]) * reports[k][name] for k in kept) / samples_kept
+        for name in reports[kept[0]]
+    }
     return {"clients": clients, "left_out": [k for k in clients if not reports[k]], "terms": terms}
 
 
-def train_client(model, optimizer, samples, index, loss, k, generator, epochs, batch_size,
-                 global_state=None):
+def train_client(
+    model, optimizer, samples, index, loss, k, generator, epochs, batch_size, global_state=None
+):
     """Local training in place on samples[index]; returns every term's mean over the steps, floats.
 
     Batches are full: what is left at an epoch's end waits for the next shuffle, as usual in
@@ -110,7 +138,7 @@ def train_client(model, optimizer, samples, index, loss, k, generator, epochs, b
         order = torch.as_tensor(index)[torch.randperm(len(index), generator=generator)]
         order = order.to(samples.device)
         for start in range(0, max(1, len(order) - batch_size + 1), batch_size):
-            batch = samples[order[start:start + batch_size]]
+            batch = samples[order[start : start + batch_size]]
             value, terms = loss(model, batch, k, generator, global_state)
             optimizer.zero_grad()
             value.backward()
@@ -139,6 +167,7 @@ def average_states(states, weights, global_state=None, *, all_reduce=False):
     has none takes its shapes from global_state.
     ValueError if there are more of one than of the other, or the weights do not add up to > 0.
     """
+
     def flat(state):  # all entries in one vector, and 1 in the last place
         entries = [value.flatten().double() for value in state.values()]
         return torch.cat([*entries, entries[0].new_ones(1)])
@@ -154,8 +183,10 @@ def average_states(states, weights, global_state=None, *, all_reduce=False):
     if total is None or not 0 < total[-1] < math.inf:
         raise ValueError("average_states needs weights with a finite sum > 0")
     means = (total[:-1] / total[-1]).split([value.numel() for value in like.values()])
-    return {name: (mean if value.is_floating_point() else mean.round()).view_as(value).to(value)
-            for (name, value), mean in zip(like.items(), means)}
+    return {
+        name: (mean if value.is_floating_point() else mean.round()).view_as(value).to(value)
+        for (name, value), mean in zip(like.items(), means)
+    }
 
 
 def copy_state(model):

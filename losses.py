@@ -20,6 +20,7 @@ Needs torch; copies into another project as it is. There:
 
     python losses.py        # values to check by hand; DSR parts two clients (a second, CPU)
 """
+
 import math
 import warnings
 
@@ -30,8 +31,9 @@ import torch.nn.functional as F
 def align_loss(z1, z2):
     """Alignment, mean ||z1 - z2||^2 (Wang & Isola 2020): unit rows (B, D) -> (), in [0, 4]."""
     if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError("align_loss needs two (B, D) of one shape, "
-                         f"got {tuple(z1.shape)} and {tuple(z2.shape)}")
+        raise ValueError(
+            f"align_loss needs two (B, D) of one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}"
+        )
     return (z1 - z2).square().sum(1).mean()
 
 
@@ -62,8 +64,10 @@ def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
     its axes are random orthonormal ones.
     """
     if num_clients < 1 or dim < 1 or not 0 < scale < math.inf:
-        raise ValueError("scaling_vectors needs num_clients >= 1, dim >= 1 and a finite scale > 0, "
-                         f"got {num_clients}, {dim}, {scale}")
+        raise ValueError(
+            "scaling_vectors needs num_clients >= 1, dim >= 1 and a finite scale > 0, "
+            f"got {num_clients}, {dim}, {scale}"
+        )
     if num_clients > dim:
         warnings.warn(f"{num_clients} clients share {dim} dimensions: their sets are not disjoint")
     own = max(1, dim // num_clients)
@@ -82,8 +86,9 @@ def dsr_loss(z, d_k, on_sphere=True):
     d_k (D,). The gradient for z is 2 (z - target) / B: nothing flows through the target.
     """
     if z.ndim != 2 or d_k.shape != z.shape[1:]:
-        raise ValueError("dsr_loss needs z (B, D) and d_k (D,), "
-                         f"got {tuple(z.shape)} and {tuple(d_k.shape)}")
+        raise ValueError(
+            f"dsr_loss needs z (B, D) and d_k (D,), got {tuple(z.shape)} and {tuple(d_k.shape)}"
+        )
     target = z.detach() * d_k
     if on_sphere:
         target = F.normalize(target, dim=1)
@@ -97,8 +102,10 @@ def distill_loss(h, u, temperature=1.0):
     temperature (T = 1). Differs from the authors' code: KL(softmax(u/T) || softmax(h/T)), T = 0.5.
     """
     if h.shape != u.shape or h.ndim != 2:
-        raise ValueError("distill_loss needs h and u of one shape (B, D), "
-                         f"got {tuple(h.shape)} and {tuple(u.shape)}")
+        raise ValueError(
+            "distill_loss needs h and u of one shape (B, D), "
+            f"got {tuple(h.shape)} and {tuple(u.shape)}"
+        )
     if not temperature > 0:
         raise ValueError(f"distill_loss needs a temperature > 0, got {temperature}")
     log_p, log_q = (F.log_softmax(v / temperature, dim=1) for v in (h, u))
@@ -112,8 +119,10 @@ def hard_separation(u, d_k):
     """
     own = d_k != 1
     if u.ndim != 2 or d_k.shape != u.shape[1:] or not own.any():
-        raise ValueError("hard_separation needs u (B, D) and d_k (D,) with d_k != 1 somewhere, "
-                         f"got {tuple(u.shape)} and {tuple(d_k.shape)}, {int(own.sum())} such")
+        raise ValueError(
+            "hard_separation needs u (B, D) and d_k (D,) with d_k != 1 somewhere, "
+            f"got {tuple(u.shape)} and {tuple(d_k.shape)}, {int(own.sum())} such"
+        )
     return F.normalize(u * own, dim=1)
 
 
@@ -132,8 +141,9 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
         "dsr": (dsr_loss(z1, d_k) + dsr_loss(z2, d_k)) / 2,
         "distill": (distill_loss(h1, u1) + distill_loss(h2, u2)) / 2,
     }
-    total = (terms["align"] + beta * terms["uniform"]
-             + gamma * terms["dsr"] + delta * terms["distill"])
+    total = (
+        terms["align"] + beta * terms["uniform"] + gamma * terms["dsr"] + delta * terms["distill"]
+    )
     return total, {name: term.detach() for name, term in terms.items()}
 
 
@@ -157,20 +167,28 @@ def main():
     """Values to check by hand, and the toy picture in figures."""
     east, north, west = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).split(1)
     for name, other in (("at a right angle", north), ("opposite", west)):
-        print(f"two points {name}: align {align_loss(east, other):.0f}, the squared distance; "
-              f"uniform {uniform_loss(torch.cat([east, other])):.0f}, -t times it")
+        print(
+            f"two points {name}: align {align_loss(east, other):.0f}, the squared distance; "
+            f"uniform {uniform_loss(torch.cat([east, other])):.0f}, -t times it"
+        )
     z, d_k = torch.tensor([[0.6, 0.8]]), torch.tensor([10.0, 1.0])
-    print(f"z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132); "
-          f"dsr {dsr_loss(z, d_k):.3f} = 0.391^2 + 0.668^2")
+    print(
+        f"z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132); "
+        f"dsr {dsr_loss(z, d_k):.3f} = 0.391^2 + 0.668^2"
+    )
     h, u = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
-    print(f"softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2): distill {distill_loss(h, u):.3f} "
-          "= 3/4 log 3/2 + 1/4 log 1/2")
+    print(
+        f"softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2): distill {distill_loss(h, u):.3f} "
+        "= 3/4 log 3/2 + 1/4 log 1/2"
+    )
     print("\ntwo clients, 200 points each on the unit sphere in 3-D, moved by DSR alone")
     for k, d_k in enumerate(scaling_vectors(num_clients=2, dim=3)):
         print(f"d_{k} = {d_k.tolist()}")
     for step, (both, inter) in enumerate(toy()):
-        means = ", ".join(f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
-                          for k, z in enumerate(both))
+        means = ", ".join(
+            f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
+            for k, z in enumerate(both)
+        )
         print(f"step {step}: inter-client -L_uniform {inter:.3f}, {means}")
 
 

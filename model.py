@@ -14,6 +14,7 @@ Needs torch, torchvision; copies into another project as it is. There:
 
     python model.py         # shapes and parameter counts (a second, CPU)
 """
+
 from pathlib import Path
 
 import torch
@@ -38,9 +39,16 @@ class SSDNet(nn.Module):
         if not projector and embed_dim != dim:
             raise ValueError(f"without projector u is h: embed_dim must be {dim}, got {embed_dim}")
         self.encoder = resnet18(width)
-        self.projector = nn.Sequential(
-            nn.Linear(dim, 4 * dim), nn.BatchNorm1d(4 * dim), nn.ReLU(inplace=True),
-            nn.Linear(4 * dim, embed_dim)) if projector else nn.Identity()
+        self.projector = (
+            nn.Sequential(
+                nn.Linear(dim, 4 * dim),
+                nn.BatchNorm1d(4 * dim),
+                nn.ReLU(inplace=True),
+                nn.Linear(4 * dim, embed_dim),
+            )
+            if projector
+            else nn.Identity()
+        )
 
     def forward(self, x):
         """x float (B, 3, H, W) in [0, 1] -> h (B, 8 width), u (B, embed_dim)."""
@@ -54,17 +62,27 @@ def resnet18(width=64):
     float (B, 3, H, W) -> (B, 8 width). Same blocks and initialisation as torchvision's; the
     stages have width, 2, 4 and 8 x width channels.
     """
+
     def stage(inputs, outputs, stride):
-        shortcut = None if stride == 1 else nn.Sequential(
-            conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        shortcut = (
+            None
+            if stride == 1
+            else nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+        )
         first = BasicBlock(inputs, outputs, stride, shortcut)
         return nn.Sequential(first, BasicBlock(outputs, outputs))
 
     net = nn.Sequential(
-        conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-        stage(width, width, 1), stage(width, 2 * width, 2),
-        stage(2 * width, 4 * width, 2), stage(4 * width, 8 * width, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        conv3x3(3, width),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        stage(width, width, 1),
+        stage(width, 2 * width, 2),
+        stage(2 * width, 4 * width, 2),
+        stage(4 * width, 8 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -85,7 +103,10 @@ if __name__ == "__main__":
     for width in (64, 32, 16):
         net = SSDNet(width)
         h, u = net(torch.rand(2, 3, 32, 32))
-        encoder, projector = (sum(p.numel() for p in part.parameters())
-                              for part in (net.encoder, net.projector))
-        print(f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}; "
-              f"parameters: encoder {encoder / 1e6:.2f} M, projector {projector / 1e6:.2f} M")
+        encoder, projector = (
+            sum(p.numel() for p in part.parameters()) for part in (net.encoder, net.projector)
+        )
+        print(
+            f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}; "
+            f"parameters: encoder {encoder / 1e6:.2f} M, projector {projector / 1e6:.2f} M"
+        )

@@ -10,6 +10,7 @@ A run writes runs/NAME/: config.json (flags, versions, device), split.json (clie
 training images), metrics.jsonl (a line a round) and last.pt (after every round), which
 `python eval.py runs/NAME/last.pt` evaluates.
 """
+
 import argparse
 import contextlib
 import io
@@ -67,6 +68,7 @@ def number(kind, low=None, high=math.inf, above=None):
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {noun} {bound}, got {text!r}")
         return value
+
     return parse
 
 
@@ -74,51 +76,106 @@ def build_parser(methods=METHODS):
     """Every flag, in four groups; the defaults are the paper's run."""
     parser = OneLineParser(Path(sys.argv[0]).name, description=__doc__.splitlines()[0])
     add = parser.add_argument_group("federated").add_argument
-    add("--dataset", default="cifar10",
+    add(
+        "--dataset",
+        default="cifar10",
         help=f"{', '.join(DATASETS)}, or a folder that holds train/<class>/ and test/<class>/ "
-        "or val/<class>/ (%(default)s)")
+        "or val/<class>/ (%(default)s)",
+    )
     add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
     add("--limit", type=number(int, 1), help="train on a fixed random subset of N images (all)")
     add("--clients", type=number(int, 1), help="K, number of clients (10, or the split file's)")
-    add("--alpha", type=number(float, above=0), default=0.1,
-        help="of the Dirichlet split of each class over the clients; small = skewed (%(default)s)")
+    add(
+        "--alpha",
+        type=number(float, above=0),
+        default=0.1,
+        help="of the Dirichlet split of each class over the clients; small = skewed (%(default)s)",
+    )
     add("--split-file", help="use this split instead: JSON, client -> indices, as split.json")
-    add("--participation", type=number(float, above=0, high=1), default=1.0,
-        help="share of the clients that take part in a round (%(default)s)")
-    add("--rounds", type=number(int, 0), default=100,
-        help="communication rounds; 0 leaves the untrained network, to compare (%(default)s)")
-    add("--local-epochs", type=number(int, 1), default=5,
-        help="epochs on a client in a round (%(default)s)")
+    add(
+        "--participation",
+        type=number(float, above=0, high=1),
+        default=1.0,
+        help="share of the clients that take part in a round (%(default)s)",
+    )
+    add(
+        "--rounds",
+        type=number(int, 0),
+        default=100,
+        help="communication rounds; 0 leaves the untrained network, to compare (%(default)s)",
+    )
+    add(
+        "--local-epochs",
+        type=number(int, 1),
+        default=5,
+        help="epochs on a client in a round (%(default)s)",
+    )
     add = parser.add_argument_group(
-        "loss: align + beta uniform + gamma DSR + delta distill").add_argument
-    add("--method", choices=methods, default="ssd",
-        help="row of the paper's ablation, sets gamma and delta (%(default)s: 1 and 0.1)")
+        "loss: align + beta uniform + gamma DSR + delta distill"
+    ).add_argument
+    add(
+        "--method",
+        choices=methods,
+        default="ssd",
+        help="row of the paper's ablation, sets gamma and delta (%(default)s: 1 and 0.1)",
+    )
     add("--beta", type=number(float, 0), default=1.0, help="weight of uniformity (%(default)s)")
     add("--gamma", type=number(float, 0), help="weight of DSR, instead of the method's")
     add("--delta", type=number(float, 0), help="weight of distillation, instead of the method's")
-    add("--scale", type=number(float, above=0), default=10.0,
-        help="a, the scale of a client's own dimensions in d_k (%(default)s)")
-    add("--projector", action=argparse.BooleanOptionalAction, default=True,
-        help="the projector; without it z is the normalised h (with)")
+    add(
+        "--scale",
+        type=number(float, above=0),
+        default=10.0,
+        help="a, the scale of a client's own dimensions in d_k (%(default)s)",
+    )
+    add(
+        "--projector",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the projector; without it z is the normalised h (with)",
+    )
     add = parser.add_argument_group("optimiser: SGD, fresh on every client").add_argument
-    add("--lr", type=number(float, above=0), default=0.1,
-        help="learning rate, constant; the paper's 0.2 x batch / 256 (%(default)s)")
+    add(
+        "--lr",
+        type=number(float, above=0),
+        default=0.1,
+        help="learning rate, constant; the paper's 0.2 x batch / 256 (%(default)s)",
+    )
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD (%(default)s)")
     add("--weight-decay", type=number(float, 0), default=1e-4, help="on all (%(default)s)")
-    add("--batch-size", type=number(int, 2), default=128,
-        help="images, each in two views (%(default)s)")
+    add(
+        "--batch-size",
+        type=number(int, 2),
+        default=128,
+        help="images, each in two views (%(default)s)",
+    )
     add = parser.add_argument_group("system").add_argument
-    add("--width", type=number(int, 1), default=64,
-        help="channels of the first stage, 64 is ResNet-18 (%(default)s)")
-    add("--seed", type=number(int, 0), default=0,
-        help="of split, initial weights, d_k, batches and views (%(default)s)")
+    add(
+        "--width",
+        type=number(int, 1),
+        default=64,
+        help="channels of the first stage, 64 is ResNet-18 (%(default)s)",
+    )
+    add(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        help="of split, initial weights, d_k, batches and views (%(default)s)",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (where it is fast)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile and CUDA graphs (%(default)s)")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile and CUDA graphs (%(default)s)",
+    )
     add("--out", help="run folder (a new one under runs/)")
-    add("--resume", metavar="LAST_PT", help="go on with a checkpoint and its flags; "
-        "--rounds may be raised")
+    add(
+        "--resume",
+        metavar="LAST_PT",
+        help="go on with a checkpoint and its flags; --rounds may be raised",
+    )
     return parser
 
 
@@ -136,8 +193,10 @@ def read_config(parser, argv, methods=METHODS):
     for flag in given.keys() - MAY_CHANGE:
         if given[flag] != config[flag]:
             name = flag.replace("_", "-")
-            raise ValueError(f"--{name} {given[flag]} contradicts the checkpoint, which has "
-                             f"{config[flag]}: leave it out, or start without --resume")
+            raise ValueError(
+                f"--{name} {given[flag]} contradicts the checkpoint, which has "
+                f"{config[flag]}: leave it out, or start without --resume"
+            )
     config |= given
     if config["rounds"] < checkpoint["round"]:
         raise ValueError(f"--rounds {config['rounds']}: {checkpoint['round']} are done already")
@@ -146,9 +205,13 @@ def read_config(parser, argv, methods=METHODS):
 
 def as_flags(config):
     """A config dict as the command line that gives it."""
-    return [f"--{flag.replace('_', '-')}={value}" if type(value) is not bool else
-            f"--{'' if value else 'no-'}{flag.replace('_', '-')}"
-            for flag, value in config.items() if value is not None]
+    return [
+        f"--{flag.replace('_', '-')}={value}"
+        if type(value) is not bool
+        else f"--{'' if value else 'no-'}{flag.replace('_', '-')}"
+        for flag, value in config.items()
+        if value is not None
+    ]
 
 
 # -------------------------------------------------------------------- split, model, loss, monitor
@@ -166,8 +229,9 @@ def make_split(config, labels, checkpoint):
         pool = torch.randperm(len(labels), generator=keyed_generator("limit"))[:limit]
         pool = pool.sort().values.numpy()
     if not (checkpoint or config["split_file"]):
-        parts = dirichlet_split(labels.numpy()[pool], config["clients"] or 10, config["alpha"],
-                                config["seed"])
+        parts = dirichlet_split(
+            labels.numpy()[pool], config["clients"] or 10, config["alpha"], config["seed"]
+        )
         return [pool[part] for part in parts]
     where = config["resume"] if checkpoint else f"split file {config['split_file']}"
     parts = checkpoint["split"] if checkpoint else read_split(config["split_file"])
@@ -175,12 +239,16 @@ def make_split(config, labels, checkpoint):
     if not split or min(map(len, split)) < 2:
         raise ValueError(f"{where}: every client needs at least 2 images")
     index, count = np.unique(np.concatenate(split), return_counts=True)
-    for which, what in ((index[count > 1], "names twice"),
-                        (np.setdiff1d(index, pool), "names, though it is not trained on,"),
-                        (np.setdiff1d(pool, index), "leaves out")):
+    for which, what in (
+        (index[count > 1], "names twice"),
+        (np.setdiff1d(index, pool), "names, though it is not trained on,"),
+        (np.setdiff1d(pool, index), "leaves out"),
+    ):
         if len(which):
-            raise ValueError(f"{where} {what} image {which[0]} ({len(which)} such): it must be a "
-                             f"partition of the {len(pool)} training images")
+            raise ValueError(
+                f"{where} {what} image {which[0]} ({len(which)} such): it must be a "
+                f"partition of the {len(pool)} training images"
+            )
     if config["clients"] not in (None, len(split)):
         raise ValueError(f"--clients {config['clients']}: {where} has {len(split)}")
     return split
@@ -220,20 +288,26 @@ def make_loss(config, num_clients, device, objective=ssd_loss):
             (h1, u1), (h2, u2) = model(x1), model(x2)  # BatchNorm sees one view at a time
         return objective(h1, u1, h2, u2, d_k, **weights, hard=config["method"] == "hsd")
 
-    compiled = (torch.compile(from_views, mode="reduce-overhead", dynamic=False)
-                if config["compile"] else from_views)
+    compiled = (
+        torch.compile(from_views, mode="reduce-overhead", dynamic=False)
+        if config["compile"]
+        else from_views
+    )
 
     def loss(model, images, k, generator, global_state):
         # random numbers stay out of compiled code, and so does a small client's short batch
         full = len(images) == config["batch_size"]
         return (compiled if full else from_views)(model, *two_views(images, generator), d[k])
+
     return loss
 
 
 def make_monitor(config, data, pool):
     """A cheap score of the model for every round, on a fixed random part of the images."""
+
     def some(index, count):
         return index[torch.randperm(len(index), generator=keyed_generator("monitor"))[:count]]
+
     train = some(torch.from_numpy(pool), MONITOR_TRAIN)
     test = some(torch.arange(len(data.test_y)), MONITOR_TEST)
 
@@ -241,8 +315,12 @@ def make_monitor(config, data, pool):
         train_h, _ = encode(model, data.train_x[train], config["amp"])
         test_h, test_u = encode(model, data.test_x[test], config["amp"])
         train_y, test_y = (y.to(test_h.device) for y in (data.train_y[train], data.test_y[test]))
-        return {"knn": knn_accuracy(train_h, train_y, test_h, test_y),
-                "uniformity_h": uniformity(test_h), "uniformity_z": uniformity(test_u)}
+        return {
+            "knn": knn_accuracy(train_h, train_y, test_h, test_y),
+            "uniformity_h": uniformity(test_h),
+            "uniformity_z": uniformity(test_u),
+        }
+
     return monitor
 
 
@@ -260,10 +338,19 @@ def open_run(config, split, model, device):
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: choose another --out, or --resume its last.pt")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"python": platform.python_version(), "numpy": np.__version__,
-                "torch": torch.__version__, "torchvision": torchvision.__version__}
-    record = {**config, "versions": versions, "device_name": f"{device} {name}",
-              "threads": torch.get_num_threads(), "processes": processes()[1]}
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    record = {
+        **config,
+        "versions": versions,
+        "device_name": f"{device} {name}",
+        "threads": torch.get_num_threads(),
+        "processes": processes()[1],
+    }
     clients = {k: part.tolist() for k, part in enumerate(split)}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as parent:
@@ -288,9 +375,12 @@ def reopen_run(config, rounds_done):
 
 def save(folder, rounds_done, config, split, model):
     """Write folder/last.pt: tensors and plain values, all that --resume and eval.py need."""
-    state = {"round": rounds_done, "config": config,
-             "split": [torch.from_numpy(part) for part in split],
-             "model": {name: value.cpu() for name, value in model.state_dict().items()}}
+    state = {
+        "round": rounds_done,
+        "config": config,
+        "split": [torch.from_numpy(part) for part in split],
+        "model": {name: value.cpu() for name, value in model.state_dict().items()},
+    }
     content = io.BytesIO()
     torch.save(state, content)
     write_whole(folder / "last.pt", content.getvalue())
@@ -346,8 +436,9 @@ def meet():
 
 def run(config, rounds_done, model, monitor, method, images, split, folder):
     """All rounds that are left: train, score, print a line, append it to metrics.jsonl, save."""
-    optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"],
-                                weight_decay=config["weight_decay"])
+    optimizer = torch.optim.SGD(
+        model.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"]
+    )
     rank, _ = processes()
 
     def progress(done, of):
@@ -356,26 +447,45 @@ def run(config, rounds_done, model, monitor, method, images, split, folder):
 
     begun = tick = time.time()
     for r, report in train_federated(
-            model, optimizer, images, split, rounds=config["rounds"], start=rounds_done,
-            participation=config["participation"], local_epochs=config["local_epochs"],
-            batch_size=config["batch_size"], seed=config["seed"], progress=progress, **method):
+        model,
+        optimizer,
+        images,
+        split,
+        rounds=config["rounds"],
+        start=rounds_done,
+        participation=config["participation"],
+        local_epochs=config["local_epochs"],
+        batch_size=config["batch_size"],
+        seed=config["seed"],
+        progress=progress,
+        **method,
+    ):
         if rank:
             continue  # the first process scores and writes
         terms, left_out = report["terms"], report["left_out"]
         scores = monitor(model)
         seconds, tick = time.time() - tick, time.time()
-        line = {"round": r + 1, "lr": optimizer.param_groups[0]["lr"],
-                "clients": report["clients"], "left_out": left_out,
-                "seconds": round(seconds, 2), **terms, **scores}
+        line = {
+            "round": r + 1,
+            "lr": optimizer.param_groups[0]["lr"],
+            "clients": report["clients"],
+            "left_out": left_out,
+            "seconds": round(seconds, 2),
+            **terms,
+            **scores,
+        }
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         save(folder, r + 1, config, split, model)
         minutes = (time.time() - begun) / (r + 1 - rounds_done) * (config["rounds"] - r - 1) / 60
         print(CLEAR, end="", file=sys.stderr, flush=True)
-        print(f"round {r + 1:3d}/{config['rounds']}  "
-              + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-              + f"  kNN {scores['knn']:.1f} %  {seconds:.1f} s  {minutes:.1f} min left"
-              + (f"  left out, not finite: client {left_out}" if left_out else ""), flush=True)
+        print(
+            f"round {r + 1:3d}/{config['rounds']}  "
+            + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+            + f"  kNN {scores['knn']:.1f} %  {seconds:.1f} s  {minutes:.1f} min left"
+            + (f"  left out, not finite: client {left_out}" if left_out else ""),
+            flush=True,
+        )
 
 
 def prepare(argv, parser, methods, make_model, make_method):
@@ -396,16 +506,21 @@ def prepare(argv, parser, methods, make_model, make_method):
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
-            raise ValueError(f"{config['resume']} has weights that --method {config['method']} "
-                             "does not have: it is not a checkpoint of this script") from error
+            raise ValueError(
+                f"{config['resume']} has weights that --method {config['method']} "
+                "does not have: it is not a checkpoint of this script"
+            ) from error
         rounds_done = checkpoint["round"]
     data = data._replace(train_x=data.train_x.to(device))
     method = make_method(config, data.train_x, split)
     if rank:
         folder = None
     else:
-        folder = (reopen_run(config, rounds_done) if checkpoint else
-                  open_run(config, split, model, device))
+        folder = (
+            reopen_run(config, rounds_done)
+            if checkpoint
+            else open_run(config, split, model, device)
+        )
     return config, rounds_done, data, split, model, method, folder
 
 
@@ -426,7 +541,8 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
         meet()
     try:
         config, rounds_done, data, split, model, method, folder = prepare(
-            argv, parser, methods, make_model, make_method)
+            argv, parser, methods, make_model, make_method
+        )
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -435,20 +551,23 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
         meet()  # lets the others begin
     device, sizes = next(model.parameters()).device, [len(part) for part in split]
     with leave_in_order(folder, parser.prog):
-        print(f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} "
-              f"clients with {min(sizes):,} to {max(sizes):,}, {device}, "
-              f"{'bfloat16' if config['amp'] else 'float32'}"
-              + (f", {count} processes" if count > 1 else ""), flush=True)
+        print(
+            f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(sizes)} "
+            f"clients with {min(sizes):,} to {max(sizes):,}, {device}, "
+            f"{'bfloat16' if config['amp'] else 'float32'}"
+            + (f", {count} processes" if count > 1 else ""),
+            flush=True,
+        )
         monitor = make_monitor(config, data, np.concatenate(split))
         run(config, rounds_done, model, monitor, method, data.train_x, split, folder)
         untrained = make_model(config).to(device, memory_format=torch.channels_last)
         print(f"""
-kNN {monitor(model)['knn']:.1f} %, of the untrained encoder {monitor(untrained)['knn']:.1f} % \
+kNN {monitor(model)["knn"]:.1f} %, of the untrained encoder {monitor(untrained)["knn"]:.1f} % \
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
 next: python eval.py {folder}/last.pt
       (linear probe, fine-tuning, kNN, uniformity, effective rank: on all images)
-      python {parser.prog} --resume {folder}/last.pt --rounds {2 * config['rounds'] or 10}""")
+      python {parser.prog} --resume {folder}/last.pt --rounds {2 * config["rounds"] or 10}""")
     if dist.is_initialized():
         dist.destroy_process_group()
 
