@@ -20,6 +20,7 @@ Needs torch, torchvision, numpy; copies into another project as it is. There:
 import contextlib
 import io
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -248,6 +249,43 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
         f"alpha {alpha} gave the smallest of {num_clients} clients at most {best} "
         f"samples in {max_redraws} draws, it needs {min_size}: raise alpha or lower K"
     )
+
+
+def read_split(path):
+    """A split file: JSON, a list of index lists, or an object client -> indices, as split.json.
+
+    Returns a list of int64 arrays, one a client; ValueError if the file holds anything else.
+    """
+    try:
+        parts = json.loads(Path(path).read_text())
+        parts = list(parts.values()) if isinstance(parts, dict) else parts
+        if not all(type(index) is int for part in parts for index in part):
+            raise TypeError
+        return [np.array(part, dtype=np.int64) for part in parts]
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"split file {path} must be JSON, a list of lists of indices") from error
+
+
+def check_split(split, pool, source):
+    """The split, each client's indices sorted int64; ValueError unless it is a partition of `pool`.
+
+    split: K index sequences, two or more each; pool (N,) distinct indices; source: named in errors.
+    """
+    split = [np.sort(np.asarray(part)) for part in split]
+    if not split or min(map(len, split)) < 2:
+        raise ValueError(f"{source}: every client needs at least 2 images")
+    index, count = np.unique(np.concatenate(split), return_counts=True)
+    for which, what in (
+        (index[count > 1], "names twice"),
+        (np.setdiff1d(index, pool), "names, though it is not trained on,"),
+        (np.setdiff1d(pool, index), "leaves out"),
+    ):
+        if len(which):
+            raise ValueError(
+                f"{source} {what} image {which[0]} ({len(which)} such): it must be a "
+                f"partition of the {len(pool)} training images"
+            )
+    return split
 
 
 # ---------------------------------------------------------------------------- views

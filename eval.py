@@ -24,6 +24,7 @@ Needs data.py and model.py beside it. In another project:
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from data import augment, draw_params, load_dataset, two_views
-from model import SSDNet, bf16_is_fast
+from model import SSDNet
 
 # ---------------------------------------------------------------------------- measures
 
@@ -213,6 +214,100 @@ def encode(model, images, amp=None):
     return tuple(torch.cat(part) for part in zip(*features))
 
 
+# ---------------------------------------------------------------------------- for all scripts
+
+
+def pick_device(name="auto"):
+    """A name -> torch.device, ValueError if it is not there; "auto": CUDA, else the CPU.
+
+    Under torchrun "auto" and "cuda" are the process's own GPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not there: take --device cpu or auto") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: take --device cpu, cuda or auto")
+    return device
+
+
+def bf16_is_fast(device):
+    """Whether bfloat16 autocast pays: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that reports a mistake in one line, exit status 2, and takes no flag abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        """Print what is wrong and leave."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def number(kind, low=None, high=math.inf, above=None):
+    """An argparse type: a finite int or float, at least `low` or above `above`, at most `high`."""
+    bound = f"above {above}" if low is None else f"at least {low}"
+    bound += f" and at most {high}" if high < math.inf else ""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = value > above if low is None else value >= low
+        if not (inside and value <= high and math.isfinite(value)):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} {bound}, got {text!r}")
+        return value
+
+    return parse
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
+
+    Where a method has more parts than encoder and projector, they are left aside. ValueError if the
+    file is no checkpoint, or its weights do not fit its own config.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config, split = checkpoint["config"], checkpoint["split"]
+        if "encoder.0.weight" in checkpoint["model"]:
+            raise ValueError("it is an older version's, whose encoder has other names: train anew")
+        if not {"dataset", "method", "seed", "width", "projector"} <= config.keys():
+            raise ValueError("its config is not one")
+        if not all(type(line) is dict for line in checkpoint["history"]):
+            raise ValueError("its history is not one")
+        if any(part.ndim != 1 or part.dtype != torch.int64 or part.min() < 0 for part in split):
+            raise ValueError("its split is not one")
+        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
+            model = SSDNet(config["width"], projector=config["projector"])
+        state = {
+            name: value
+            for name, value in checkpoint["model"].items()
+            if name.split(".")[0] in ("encoder", "projector")
+        }
+        model.load_state_dict(state, assign=True)
+        return checkpoint, model.to(memory_format=torch.channels_last)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"{path} is not a checkpoint of this train.py ({reason})") from error
+
+
 # ---------------------------------------------------------------------------- script
 
 
@@ -263,6 +358,13 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
     return scores
 
 
+def quick_scores(model, train_x, train_y, test_x, test_y, amp=None):
+    """kNN and the uniformity of h and z of these images: what train.py shows after every round."""
+    (train_h, _), (test_h, test_u) = (encode(model, x, amp) for x in (train_x, test_x))
+    knn = knn_accuracy(train_h, train_y.to(train_h.device), test_h, test_y.to(test_h.device))
+    return {"knn": knn, "uniformity_h": uniformity(test_h), "uniformity_z": uniformity(test_u)}
+
+
 def print_scores(scores):
     """The table of `evaluate`; uniformity with the sign of the paper's tables."""
     print(f"  linear probe      {scores['linear_probe']:6.2f} %")
@@ -284,66 +386,7 @@ def print_scores(scores):
             print(f"  {label:15s}" + "".join(f"{value:9.3f}" for value in values))
 
 
-def pick_device(name="auto"):
-    """A name, or "auto" (CUDA, else the CPU) -> torch.device; ValueError if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not there: take --device cpu or auto") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: take --device cpu, cuda or auto")
-    return device
-
-
-def load_checkpoint(path):
-    """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
-
-    Where a method has more parts than encoder and projector, they are left aside. ValueError if the
-    file is no checkpoint, or its weights do not fit its own config.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError("it holds no dict")
-        config, rounds = checkpoint["config"], checkpoint["round"]
-        needed = {"dataset", "method", "seed", "width", "projector"}
-        if type(rounds) is not int or rounds < 0 or not needed <= config.keys():
-            raise ValueError("its round or config is not one")
-        if any(
-            part.ndim != 1 or part.dtype != torch.int64 or part.min() < 0
-            for part in checkpoint["split"]
-        ):
-            raise ValueError("its split is not one")
-        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-            model = SSDNet(config["width"], projector=config["projector"])
-        state = {
-            name: value
-            for name, value in checkpoint["model"].items()
-            if name.split(".")[0] in ("encoder", "projector")
-        }
-        model.load_state_dict(state, assign=True)
-        return checkpoint, model.to(memory_format=torch.channels_last)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise ValueError(f"{path} is not a checkpoint of train.py ({reason})") from error
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse that reports a mistake in one line, exit status 2, and takes no flag abbreviated."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        """Print what is wrong and leave."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
+# fmt: off
 def build_parser():
     """Every flag; the defaults are the paper's protocol."""
     parser = OneLineParser("eval.py", description=__doc__.splitlines()[0])
@@ -351,23 +394,18 @@ def build_parser():
     add("checkpoint", help="runs/NAME/last.pt, as train.py wrote it")
     add("--dataset", help="another data set than the checkpoint's (transfer)")
     add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
-    add("--epochs", type=int, default=200, help="of probe and fine-tuning (%(default)s, as paper)")
-    add(
-        "--finetune",
-        type=float,
-        nargs="*",
-        default=[0.01, 0.1],
+    add("--epochs", type=number(int, 1), default=200,
+        help="of probe and fine-tuning (%(default)s, as paper)")
+    add("--finetune", type=number(float, above=0, high=1), nargs="*", default=[0.01, 0.1],
         metavar="SHARE",
-        help="shares of the labels to fine-tune on, none to leave it out (0.01 0.1, as the paper)",
-    )
-    add(
-        "--own-images",
-        action="store_true",
-        help="take labels only of the images that the run's clients hold (a run with --limit)",
-    )
-    add("--seed", type=int, default=0, help="of label subsets, shuffling, views (%(default)s)")
+        help="shares of the labels to fine-tune on, none to leave it out (0.01 0.1, as the paper)")
+    add("--own-images", action="store_true",
+        help="take labels only of the images that the run's clients hold (a run with --limit)")
+    add("--seed", type=number(int, 0), default=0,
+        help="of label subsets, shuffling, views (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     return parser
+# fmt: on
 
 
 def main(argv=None):
@@ -376,10 +414,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     start, client_of = time.time(), None
     try:
-        if args.epochs < 1:
-            raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
-        if not all(0 < share <= 1 for share in args.finetune):
-            raise ValueError(f"--finetune takes shares above 0, at most 1, got {args.finetune}")
         record = Path(args.checkpoint).parent / "eval.jsonl"
         if not os.access(record if record.exists() else record.parent, os.W_OK):
             raise ValueError(f"{record} cannot be written: copy the checkpoint elsewhere")
@@ -400,26 +434,19 @@ def main(argv=None):
     except (ValueError, OSError, IndexError) as error:
         parser.error(str(error))
     print(
-        f"{args.checkpoint}: {config['method']}, {checkpoint['round']} rounds on "
+        f"{args.checkpoint}: {config['method']}, {len(checkpoint['history'])} rounds on "
         f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: "
         f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n"
     )
     scores = evaluate(model.to(device), data, client_of, args.epochs, args.seed, args.finetune)
     print_scores(scores)
-    probe = f"Adam, lr 3e-3, batch 512, {args.epochs} epochs, raw h, un-augmented, last epoch"
-    tuning = (
-        f"SGD 0.9, lr 1e-3, head 0.3, batch 128, {args.epochs} epochs, crop 0.64..1, flip, "
-        "last epoch"
-    )
     flags = {name: getattr(args, name) for name in ("epochs", "finetune", "own_images", "seed")}
     line = {
         "dataset": dataset,
-        "round": checkpoint["round"],
+        "round": len(checkpoint["history"]),
         "flags": flags,
         **scores,
         "labels": len(data.train_y),
-        "probe": probe,
-        "fine_tuning": tuning if args.finetune else None,
         "device": str(device),
         "torch": torch.__version__,
         "seconds": round(time.time() - start, 1),

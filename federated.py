@@ -59,65 +59,65 @@ def federated_round(
                       scalars to report; global_state: the round's global weights, to read only
     choose            (num_clients, participation, generator) -> ids; default `choose_clients`
     average           (states, weights, global_state, r) -> state dict, of all clients' states
-                      and sample counts, two lists; default FedAvg, one state at a time
-    progress          (clients done, clients in all), called before each client
+                      and sample counts, two lists; default FedAvg, which keeps only a sum
+    progress          (k, mine), called before client k of `mine`, this process's clients, trains
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
     weighted by samples}}. A client whose loss or weights are not finite is left out of both
     means; FloatingPointError if all are. Under torch.distributed the processes share the clients.
     """
+    if dist.is_initialized() and average:
+        raise ValueError("a rule of averaging of your own needs all states: run one process")
+
     # 1. Choose: the server draws this round's clients.
     choose = choose or choose_clients
     clients = choose(len(split), participation, keyed_generator(seed, "clients", r))
-    if dist.is_initialized() and average:
-        raise ValueError("a rule of averaging of your own needs all states: run one process")
     mine = share_out(clients, [len(split[k]) for k in clients], *processes())
-    # 2. Send: every client starts from the same global weights.
+
     global_state = copy_state(model)
-    weights, reports = [], {}
-
-    def returned_states():  # one at a time, so that memory does not grow with the clients
-        for k in mine:
-            if progress:
-                progress(len(reports), len(mine))
-            model.load_state_dict(global_state)
-            reset_optimizer(optimizer)
-            # 3. Train locally, on the client's own images alone.
-            reports[k] = train_client(
-                model,
-                optimizer,
-                samples,
-                split[k],
-                loss,
-                k,
-                keyed_generator(seed, "client", r, k),
-                local_epochs,
-                batch_size,
-                global_state,
-            )
-            # 4. Return the weights and the sample count, unless the client has diverged.
-            if math.isfinite(reports[k]["loss"]) and is_finite(model):
-                weights.append(len(split[k]))
-                yield copy_state(model)
-            else:
-                reports[k] = None
-
-        reports.update(gather(reports))
-        if not any(reports.values()):
-            model.load_state_dict(global_state)
-            raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
-
-    # 5. Average: FedAvg takes the states as they arrive, another rule has them all at once.
-    if average:
-        new_state = average(list(returned_states()), weights, global_state, r)
-    else:
-        new_state = average_states(
-            returned_states(), weights, global_state, all_reduce=dist.is_initialized()
+    total = flatten(global_state).zero_()  # sum_k n_k w_k
+    states, reports = [], {}
+    for k in mine:
+        if progress:
+            progress(k, mine)
+        # 2. Send: every client starts from the same global weights.
+        model.load_state_dict(global_state)
+        reset_optimizer(optimizer)
+        # 3. Train locally, on the client's own images alone.
+        rng = keyed_generator(seed, "client", r, k)
+        reports[k] = train_client(
+            model,
+            optimizer,
+            samples,
+            split[k],
+            loss,
+            k,
+            rng,
+            local_epochs,
+            batch_size,
+            global_state,
         )
-    model.load_state_dict(new_state)
+        # 4. Return the weights and the sample count, unless the client has diverged.
+        w = flatten(model.state_dict())
+        if not (math.isfinite(reports[k]["loss"]) and w.isfinite().all()):
+            reports[k] = None
+        elif average:
+            states.append(copy_state(model))
+        else:
+            total.add_(w, alpha=len(split[k]))
+
+    # 5. Average, over the clients of all processes.
+    reports = gather(reports)
     kept = [k for k in clients if reports[k]]
-    samples_kept = sum(len(split[k]) for k in kept)
+    weights = [len(split[k]) for k in kept]
+    if not kept:
+        model.load_state_dict(global_state)
+        raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    mean = unflatten(total / sum(weights), global_state)
+    model.load_state_dict(average(states, weights, global_state, r) if average else mean)
     terms = {
-        name: sum(len(split[k]) * reports[k][name] for k in kept) / samples_kept
+        name: sum(n * reports[k][name] for k, n in zip(kept, weights)) / sum(weights)
         for name in reports[kept[0]]
     }
     return {"clients": clients, "left_out": [k for k in clients if not reports[k]], "terms": terms}
@@ -137,8 +137,8 @@ def train_client(
     for _ in range(epochs):
         order = torch.as_tensor(index)[torch.randperm(len(index), generator=generator)]
         order = order.to(samples.device)
-        for start in range(0, max(1, len(order) - batch_size + 1), batch_size):
-            batch = samples[order[start : start + batch_size]]
+        for i in range(max(1, len(order) // batch_size)):
+            batch = samples[order[i * batch_size : (i + 1) * batch_size]]
             value, terms = loss(model, batch, k, generator, global_state)
             optimizer.zero_grad()
             value.backward()
@@ -157,46 +157,41 @@ def choose_clients(num_clients, participation, generator):
     return torch.randperm(num_clients, generator=generator)[:count].sort().values.tolist()
 
 
-def average_states(states, weights, global_state=None, *, all_reduce=False):
+def average_states(states, weights):
     """FedAvg, sum_i w_i state_i / sum_i w_i, entry by entry -> state dict.
 
-    states: an iterable of state dicts, read once and one at a time; weights: as many numbers >= 0.
-    BatchNorm statistics are averaged like weights; integer entries (its counters) are rounded back
-    to their dtype. Sums are float64: equal float32 states average to exactly that state.
-    all_reduce: sum over the processes of torch.distributed, each with states of its own; one that
-    has none takes its shapes from global_state.
-    ValueError if there are more of one than of the other, or the weights do not add up to > 0.
+    states: an iterable of state dicts, read once and one at a time; weights: as many numbers >= 0
+    with a sum > 0, or ValueError. BatchNorm statistics are averaged like weights.
     """
-
-    def flat(state):  # all entries in one vector, and 1 in the last place
-        entries = [value.flatten().double() for value in state.values()]
-        return torch.cat([*entries, entries[0].new_ones(1)])
-
-    like, total = global_state, None
-    for like, weight in zip(states, weights, strict=True):
+    total, weight_sum = None, 0
+    for state, weight in zip(states, weights, strict=True):
         if not 0 <= weight < math.inf:
             raise ValueError(f"average_states needs finite weights >= 0, got {weight}")
-        total = flat(like).mul_(weight) if total is None else total.add_(flat(like), alpha=weight)
-    if all_reduce:
-        total = flat(global_state).zero_() if total is None else total
-        dist.all_reduce(total)
-    if total is None or not 0 < total[-1] < math.inf:
+        total = flatten(state).zero_() if total is None else total
+        total.add_(flatten(state), alpha=weight)
+        weight_sum += weight
+    if not 0 < weight_sum < math.inf:
         raise ValueError("average_states needs weights with a finite sum > 0")
-    means = (total[:-1] / total[-1]).split([value.numel() for value in like.values()])
+    return unflatten(total / weight_sum, state)
+
+
+def flatten(state):
+    """A state dict as one float64 vector, in which equal float32 states average to that state."""
+    return torch.cat([value.flatten().double() for value in state.values()])
+
+
+def unflatten(vector, like):
+    """Back to a state dict with like's shapes and dtypes; integers (counters) are rounded."""
+    parts = vector.split([value.numel() for value in like.values()])
     return {
-        name: (mean if value.is_floating_point() else mean.round()).view_as(value).to(value)
-        for (name, value), mean in zip(like.items(), means)
+        name: (part if value.is_floating_point() else part.round()).view_as(value).to(value)
+        for (name, value), part in zip(like.items(), parts)
     }
 
 
 def copy_state(model):
     """The model's state dict, copied: later training does not change it."""
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def is_finite(model):
-    """Whether no entry of the model's state is infinite or NaN."""
-    return bool(torch.stack([v.isfinite().all() for v in model.state_dict().values()]).all())
 
 
 def reset_optimizer(optimizer):

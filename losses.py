@@ -69,11 +69,13 @@ def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
             f"got {num_clients}, {dim}, {scale}"
         )
     if num_clients > dim:
-        warnings.warn(f"{num_clients} clients share {dim} dimensions: their sets are not disjoint")
-    own = max(1, dim // num_clients)
-    order = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))
-    places = torch.arange(num_clients * own).view(num_clients, own) % dim
-    return torch.ones(num_clients, dim).scatter_(1, order[places], float(scale))
+        warnings.warn(f"{num_clients} clients share {dim} dimensions, not disjoint", stacklevel=2)
+    d, own = torch.ones(num_clients, dim), max(1, dim // num_clients)
+    shuffled = torch.randperm(dim, generator=torch.Generator().manual_seed(seed))
+    groups = shuffled.split(own)  # client k owns group k
+    for k in range(num_clients):
+        d[k, groups[k % len(groups)]] = scale
+    return d
 
 
 def dsr_loss(z, d_k, on_sphere=True):
@@ -155,7 +157,7 @@ def toy(steps=5):
     """
     d, draws = scaling_vectors(num_clients=2, dim=3), torch.Generator().manual_seed(0)
     both = [F.normalize(1 + 0.5 * torch.randn(200, 3, generator=draws), dim=1) for _ in d]
-    for step in range(steps + 1):
+    for _ in range(steps + 1):
         yield list(both), -(-2 * torch.cdist(*both).square()).exp().mean().log().item()
         for k, d_k in enumerate(d):
             z = both[k].detach().requires_grad_()

@@ -15,7 +15,7 @@ Needs torch, torchvision; copies into another project as it is. There:
     python model.py         # shapes and parameter counts (a second, CPU)
 """
 
-from pathlib import Path
+from collections import OrderedDict
 
 import torch
 from torch import nn
@@ -59,44 +59,34 @@ class SSDNet(nn.Module):
 def resnet18(width=64):
     """torchvision's ResNet-18 without classifier, with the CIFAR stem: 3x3 stride 1, no max-pool.
 
-    float (B, 3, H, W) -> (B, 8 width). Same blocks and initialisation as torchvision's; the
-    stages have width, 2, 4 and 8 x width channels.
+    float (B, 3, H, W) -> (B, 8 width). Same blocks, initialisation and names as torchvision's, so
+    that state dicts fit both at width 64; the stages have width, 2, 4 and 8 x width channels.
+    Not torchvision's class itself: that refuses other widths.
     """
 
     def stage(inputs, outputs, stride):
-        shortcut = (
-            None
-            if stride == 1
-            else nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
-        )
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
         first = BasicBlock(inputs, outputs, stride, shortcut)
         return nn.Sequential(first, BasicBlock(outputs, outputs))
 
-    net = nn.Sequential(
-        conv3x3(3, width),
-        nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
-        stage(width, width, 1),
-        stage(width, 2 * width, 2),
-        stage(2 * width, 4 * width, 2),
-        stage(4 * width, 8 * width, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
+    parts = {
+        "conv1": conv3x3(3, width),
+        "bn1": nn.BatchNorm2d(width),
+        "relu": nn.ReLU(inplace=True),
+        "layer1": stage(width, width, 1),
+        "layer2": stage(width, 2 * width, 2),
+        "layer3": stage(2 * width, 4 * width, 2),
+        "layer4": stage(4 * width, 8 * width, 2),
+        "avgpool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+    }
+    net = nn.Sequential(OrderedDict(parts))
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return net
-
-
-def bf16_is_fast(device):
-    """Whether bfloat16 autocast pays: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if device.type == "cpu" and cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import two_views  # noqa: E402
-from eval import OneLineParser, pick_device  # noqa: E402
+from eval import OneLineParser, bf16_is_fast, number, pick_device  # noqa: E402
 from federated import average_states, keyed_generator, reset_optimizer, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
-from model import SSDNet, bf16_is_fast  # noqa: E402
-from train import build_parser, make_loss, number  # noqa: E402
+from model import SSDNet  # noqa: E402
+from train import build_parser, make_loss  # noqa: E402
 
 PAPER_STEPS = 192_500  # CIFAR-10, 10 clients, 100 rounds, 5 local epochs
 

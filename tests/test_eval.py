@@ -419,3 +419,7 @@ def test_bad_flags_are_one_line(checkpoint, flags, capsys, monkeypatch):
         evaluation.main([str(checkpoint), *flags])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and flags[1] in err
+
+
+def test_bf16_is_a_yes_or_no_for_the_cpu():
+    assert evaluation.bf16_is_fast(torch.device("cpu")) in (True, False)

@@ -132,8 +132,8 @@ def test_a_round_costs_the_same_memory_for_10_and_for_1000_clients():
         sgd = torch.optim.SGD(net.parameters(), 0.01, 0.9)
         samples, seen = torch.randn(clients, 50), []
 
-        def progress(done, of):
-            if done % (clients // 10) == clients // 10 - 1:
+        def progress(k, mine):
+            if k % (clients // 10) == clients // 10 - 1:
                 gc.collect()
                 seen.append(bytes_alive() - samples.nbytes)
 

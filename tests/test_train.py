@@ -85,7 +85,7 @@ def test_a_run_leaves_its_folder_and_says_what_is_next(capsys):
 def test_the_checkpoint_holds_tensors_and_plain_values_only():
     run("--out runs/a")
     content = torch.load("runs/a/last.pt", weights_only=True)
-    assert set(content) == {"round", "config", "split", "model"} and content["round"] == 1
+    assert set(content) == {"config", "split", "model", "history"} and content["history"] == lines()
     SSDNet(2).load_state_dict(content["model"])
 
 
@@ -127,7 +127,7 @@ def test_resuming_needs_nothing_but_the_checkpoint(tmp_path):
     Path("runs/a/last.pt").rename("moved/last.pt")
     train.main(["--resume", "moved/last.pt", "--rounds", "2"])
     assert same(weights("runs/whole/last.pt"), weights("moved/last.pt"))
-    assert [line["round"] for line in lines("moved/metrics.jsonl")] == [2]
+    assert [line["round"] for line in lines("moved/metrics.jsonl")] == [1, 2]
 
 
 def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
@@ -331,7 +331,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     torch.save(
         {
-            "round": 1,
+            "history": [],
             "config": {"width": 4, "projector": True},
             "split": [torch.arange(9)],
             "model": SSDNet(2).state_dict(),
@@ -374,7 +374,7 @@ def with_split(*parts):
         (with_config(local_epochs=-1), "--local-epochs"),
         (with_config(method="../x"), "--method"),
         (with_config(dataset="../x"), "'../x'"),
-        (with_config(no_such_flag=1), "--no-such-flag"),
+        (with_config(no_such_flag=1), "no_such_flag"),
         (with_config(clients=2), "--clients 2.*has 3"),
         (with_split(*PARTITION[:1], PARTITION[0]), "names twice image 0"),
         (with_split(*PARTITION, [120, 121]), "image 120"),
@@ -383,9 +383,9 @@ def with_split(*parts):
         (with_split(PARTITION), "not a checkpoint"),
         (with_split([0.5, 1.5]), "not a checkpoint"),
         (with_split(), "at least 2"),
-        (lambda checkpoint: checkpoint.update(round="1"), "not a checkpoint"),
-        (lambda checkpoint: checkpoint.update(round=-1), "not a checkpoint"),
-        (lambda checkpoint: checkpoint.update(round=2), "--rounds 1: 2 are done"),
+        (lambda checkpoint: checkpoint.update(history=1), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.update(history=[1]), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.update(history=[{}, {}]), "--rounds 1: 2 are done"),
         (lambda checkpoint: checkpoint.update(model={}), "not a checkpoint"),
         (lambda checkpoint: checkpoint.update(model=Code()), "not a checkpoint"),
         (lambda checkpoint: checkpoint.pop("config"), "not a checkpoint"),
