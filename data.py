@@ -290,6 +290,8 @@ def check_split(split, pool, source):
 
 # ---------------------------------------------------------------------------- views
 
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
 
 def two_views(images, generator, scale=(0.08, 1.0)):
     """Two random views of each image: uint8 (B, 3, H, W) -> two float32 (B, 3, H, W) in [0, 1].
@@ -301,10 +303,11 @@ def two_views(images, generator, scale=(0.08, 1.0)):
     """
     both = images.repeat(2, 1, 1, 1)
     n, _, height, width = both.shape
-    return augment(both, draw_params(n, height, width, generator, scale)).chunk(2)
+    packed = pack(draw_params(n, height, width, generator, scale), images.device)
+    return augment(both, unpack(packed)).chunk(2)
 
 
-def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2):
+def draw_params(n, height, width, generator, scale=(0.08, 1.0)):
     """Random parameters of n views, one entry per view: a dict of CPU tensors for `augment`.
 
     Draws as torchvision does: a crop has area ~ U(scale) x the image's, aspect ratio log-uniform
@@ -327,53 +330,65 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0), jitter_p=0.8, gr
     )
     top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
     top[misfit], left[misfit] = (height - fallback_h) // 2, (width - fallback_w) // 2
-    jittered = rand() < jitter_p
+    box = torch.stack([top, left, h, w], 1)
+    jittered, flip = rand() < 0.8, rand() < 0.5
+    factor = torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0)
+    turn = torch.where(jittered, 0.4 * rand() - 0.2, 0.0)
+    order = rand(4).argsort(1)  # a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE
+    kind = order[order != HUE].view(n, 3)
+    is_before = torch.arange(3) < (order == HUE).int().argmax(1, keepdim=True)
+    factor = factor.gather(1, kind)
     return {
-        "box": torch.stack([top, left, h, w], 1),  # (n, 4) pixels
-        "flip": rand() < 0.5,  # (n,)
-        "factor": torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0),  # (n, 3), not hue
-        "hue": torch.where(jittered, 0.4 * rand() - 0.2, 0.0),  # (n,) of a turn
-        "order": rand(4).argsort(1),  # (n, 4), as below
-        "gray": rand() < gray_p,  # (n,)
+        "box": box,  # (n, 4): top, left, height, width in pixels
+        "flip": flip,  # (n,) bool
+        "kind": kind,  # (n, 3): which blend is first, second, third
+        "before": torch.where(is_before, factor, 1.0),  # (n, 3): their factors; 1 does nothing
+        "after": torch.where(is_before, 1.0, factor),  # (n, 3)
+        "hue": turn,  # (n,) in turns of the colour circle, between the two
+        "gray": rand() < 0.2,  # (n,) bool
     }
 
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+def pack(params, device):
+    """`draw_params`' entries side by side, float32 (n, 16), by one copy that nobody waits for."""
+    packed = torch.cat([value.float().view(len(value), -1) for value in params.values()], 1)
+    packed = packed.pin_memory() if device.type == "cuda" else packed
+    return packed.to(device, non_blocking=True)
+
+
+def unpack(packed):
+    """The entries of `pack` by name, as `augment` takes them."""
+    box, flip, kind, before, after, hue, gray = packed.split((4, 1, 3, 3, 3, 1, 1), 1)
+    one = {"flip": flip[:, 0], "hue": hue[:, 0], "gray": gray[:, 0]}
+    return {"box": box, "kind": kind, "before": before, "after": after, **one}
 
 
 def augment(images, params):
-    """Apply `draw_params`' parameters: uint8 (n, 3, H, W) -> float32 (n, 3, H, W) in [0, 1].
+    """Apply parameters on the images' device: uint8 (n, 3, H, W) -> float32, same, in [0, 1].
 
     The same numbers as torchvision's functional resized_crop, hflip, adjust_brightness,
     adjust_contrast, adjust_saturation, adjust_hue and rgb_to_grayscale called image by image.
+    Each image has three blends, its turn of hue, three blends: a blend that is not due has factor
+    1. So no shape depends on the parameters, and all compiles as one graph.
     """
-    order, device = params["order"], images.device
-    blends = order[order != HUE].view(-1, 3)
-    factors = params["factor"].gather(1, blends)
-    is_hue = (order == HUE) & (params["hue"] != 0)[:, None]
-    # Hue is costly, so only the images whose turn it is: turned[p] have it after p of the blends.
-    turned = [is_hue[:, place].nonzero()[:, 0] for place in range(4)]
-    blends, factors, flip, gray, hue = (
-        value.to(device, non_blocking=True)[..., None, None, None]
-        for value in (blends, factors, params["flip"], params["gray"], params["hue"])
-    )
-    top, left, h, w = params["box"].to(device, non_blocking=True).T[..., None]
+    x = crop(images.float() / 255, params["box"], params["flip"])
+    for place in range(3):
+        x = blend(x, params["kind"][:, place], params["before"][:, place])
+    x = hue(x, params["hue"])
+    for place in range(3):
+        x = blend(x, params["kind"][:, place], params["after"][:, place])
+    return torch.where(params["gray"].view(-1, 1, 1, 1) > 0, gray(x), x)
 
-    # Crop, resize and flip are linear along each axis: a matrix for the rows, one for the columns.
-    rows = _resize_matrix(top, h, images.shape[2])
-    columns = _resize_matrix(left, w, images.shape[3])
-    columns = torch.where(flip[:, 0], columns.flip(1), columns)
-    x = rows[:, None] @ (images.float() / 255) @ columns.mT[:, None]
-    for place in range(4):
-        if len(turned[place]):
-            index = turned[place].to(device, non_blocking=True)
-            x[index] = _turn_hue(x[index], hue[index, :, 0])
-        if place < 3:  # brightness, contrast, saturation: blend with black, mean gray, own gray
-            luma, kind = TF.rgb_to_grayscale(x), blends[:, place]
-            mean = luma.mean((2, 3), keepdim=True)
-            base = luma * (kind == SATURATION) + mean * (kind == CONTRAST)
-            x = torch.lerp(base, x, factors[:, place]).clamp_(0, 1)
-    return torch.where(gray, TF.rgb_to_grayscale(x), x)
+
+def crop(x, box, flip):
+    """Each image's box (n, 4) stretched over x (n, 3, H, W), bilinear; mirrored where flip (n,).
+
+    Both are linear along each axis: one matrix for the rows, one for the columns.
+    """
+    top, left, h, w = box.T[:, :, None]
+    rows, columns = _resize_matrix(top, h, x.shape[2]), _resize_matrix(left, w, x.shape[3])
+    columns = torch.where(flip.view(-1, 1, 1) > 0, columns.flip(1), columns)
+    return torch.einsum("nij,ncjk,nlk->ncil", rows, x, columns)
 
 
 def _resize_matrix(start, length, size):
@@ -383,14 +398,34 @@ def _resize_matrix(start, length, size):
     return (1 - (source[:, :, None] - (pixel - start)[:, None]).abs()).clamp_(min=0)
 
 
-def _turn_hue(x, turn):
-    """Turn the hue of RGB x (n, 3, H, W) by `turn` (n, 1, 1) of a circle, by way of HSV."""
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    (r, g, b), c = x.unbind(1), chroma.clamp(min=1e-12)
-    sixth = torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4)
-    sixth = torch.where(value == r, (g - b) / c, sixth) + 6 * turn
-    k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + sixth[:, None]).remainder(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+def blend(x, kind, factor):
+    """Brightness, contrast or saturation of x (n, 3, H, W), each image its kind (n,), factor (n,).
+
+    factor x + (1 - factor) other; other is black, the image's mean gray, or its gray.
+    """
+    kind, factor, luma = kind.view(-1, 1, 1, 1), factor.view(-1, 1, 1, 1), gray(x)
+    other = luma * (kind == SATURATION) + luma.mean((2, 3), keepdim=True) * (kind == CONTRAST)
+    return torch.lerp(other, x, factor).clamp_(0, 1)
+
+
+def hue(x, turn):
+    """Turn the hue of RGB x (n, 3, H, W) by turn (n,) of the colour circle, by way of HSV."""
+    (r, g, b), value = x.unbind(1), x.amax(1)
+    chroma = value - x.amin(1)
+    c = chroma.clamp(min=1e-12)
+    sixth = torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4)  # the hue, in sixths
+    sixth = torch.where(value == r, (g - b) / c, sixth) + 6 * turn.view(-1, 1, 1)
+    channels = []
+    for own in (0, 2, 4):  # a channel is full within a sixth of its own hue, empty from two on
+        away = (sixth - own).abs()
+        away = torch.minimum(away, (6 - away).abs())
+        channels.append(value - chroma * (away - 1).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+def gray(x):
+    """RGB x (n, 3, H, W) -> luma (n, 1, H, W)."""
+    return TF.rgb_to_grayscale(x)
 
 
 if __name__ == "__main__":

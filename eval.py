@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import augment, draw_params, load_dataset, two_views
+from data import crop, draw_params, load_dataset, two_views
 from model import SSDNet
 
 # ---------------------------------------------------------------------------- measures
@@ -113,9 +113,12 @@ def fine_tune(
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
-        for batch in torch.randperm(len(train_x), generator=generator).to(device).split(batch_size):
-            params = draw_params(len(batch), *train_x.shape[2:], generator, (0.64, 1.0), 0.0, 0.0)
-            x = augment(train_x[batch], params)
+        order = torch.randperm(len(train_x), generator=generator).to(device)
+        for batch in order.split(batch_size):
+            views = draw_params(len(batch), *train_x.shape[2:], generator, scale=(0.64, 1.0))
+            x = crop(
+                train_x[batch].float() / 255, views["box"].to(device), views["flip"].to(device)
+            )
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 h = model.encoder(x)
             optimizer.zero_grad()

@@ -30,7 +30,17 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from data import DATASETS, check_split, dirichlet_split, load_dataset, read_split, two_views
+from data import (
+    DATASETS,
+    augment,
+    check_split,
+    dirichlet_split,
+    draw_params,
+    load_dataset,
+    pack,
+    read_split,
+    unpack,
+)
 from eval import OneLineParser, bf16_is_fast, load_checkpoint, number, pick_device, quick_scores
 from federated import keyed_generator, processes, train_federated
 from losses import scaling_vectors, ssd_loss
@@ -172,19 +182,22 @@ def make_loss(config, num_clients, device, objective=ssd_loss):
     d = d.to(device)
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
 
-    def from_views(model, x1, x2, d_k):
+    def step(model, images, packed, d_k):
+        x1, x2 = augment(images.repeat(2, 1, 1, 1), unpack(packed)).chunk(2)
         with torch.autocast(device.type, torch.bfloat16, enabled=config["amp"]):
             (h1, u1), (h2, u2) = model(x1), model(x2)  # BatchNorm sees one view at a time
         return objective(h1, u1, h2, u2, d_k, **weights, hard=config["method"] == "hsd")
 
-    compiled = from_views
-    if config["compile"]:
-        compiled = torch.compile(from_views, mode="reduce-overhead", dynamic=False)
+    compiled = step
+    if config["compile"]:  # all of it is one graph, but for random numbers and a short batch
+        compiled = torch.compile(step, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
     def loss(model, images, k, generator, global_state):
-        # random numbers stay out of compiled code, and so does a small client's short batch
-        step = compiled if len(images) == config["batch_size"] else from_views
-        return step(model, *two_views(images, generator), d[k])
+        params = draw_params(2 * len(images), *images.shape[2:], generator)
+        run = (
+            compiled if len(images) == config["batch_size"] else step
+        )  # no graph for a short batch
+        return run(model, images, pack(params, device), d[k])
 
     return loss
 
@@ -360,7 +373,8 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
             model.load_state_dict(checkpoint["model"])
             history = checkpoint["history"]
         sgd = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
-        optimizer = torch.optim.SGD(model.parameters(), **sgd)
+        fused = True if device.type == "cuda" else None  # one launch for all tensors
+        optimizer = torch.optim.SGD(model.parameters(), **sgd, fused=fused)
 
         options = ("rounds", "participation", "local_epochs", "batch_size", "seed")
         options = {name: config[name] for name in options} | make_method(config, images, split)

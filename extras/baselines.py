@@ -27,7 +27,7 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from data import augment, draw_params, two_views  # noqa: E402
+from data import augment, draw_params, pack, two_views, unpack  # noqa: E402
 from federated import average_states, processes  # noqa: E402
 from losses import ssd_loss  # noqa: E402
 
@@ -321,7 +321,8 @@ def make_loss(config, images, split):
             p1, p2 = predict(model, u1), predict(model, u2)
             index = torch.randint(len(split[k]), (len(batch),), generator=generator)
             others = images[torch.as_tensor(split[k])[index].to(images.device)]
-            x = augment(others, draw_params(len(batch), *batch.shape[2:], generator))
+            params = draw_params(len(batch), *batch.shape[2:], generator)
+            x = augment(others, unpack(pack(params, images.device)))
             _, r = forward(model, x)
             global_u2, global_r = (frozen_u(model, global_state, v) for v in (x2, x))
             return fedx_loss(u1, u2, p1, p2, global_u2, r, global_r)

@@ -81,18 +81,22 @@ def random_images(n, height=32, width=32):
     )
 
 
+ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+
+
 def by_torchvision(image, params, i):
     """One view by torchvision's own functions, one image at a time."""
     x = image.float() / 255
     top, left, height, width = params["box"][i].int().tolist()
     x = TF.resized_crop(x, top, left, height, width, list(image.shape[1:]), antialias=True)
     x = TF.hflip(x) if params["flip"][i] else x
-    for jitter in params["order"][i].tolist():
-        if jitter == data.HUE:
-            x = TF.adjust_hue(x, params["hue"][i].item())
-        else:
-            adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[jitter]
-            x = adjust(x, params["factor"][i, jitter].item())
+    for place in range(3):
+        if params["before"][i, place] != 1:
+            x = ADJUST[params["kind"][i, place]](x, params["before"][i, place].item())
+    x = TF.adjust_hue(x, params["hue"][i].item())
+    for place in range(3):
+        if params["after"][i, place] != 1:
+            x = ADJUST[params["kind"][i, place]](x, params["after"][i, place].item())
     return TF.rgb_to_grayscale(x, 3) if params["gray"][i] else x
 
 
@@ -105,37 +109,38 @@ def test_views_equal_torchvision(height, width):
     assert (views - expected).abs().max() < 1e-5
 
 
-NOTHING = {
-    "box": torch.tensor([[0.0, 0, 32, 32]]),
-    "flip": torch.tensor([False]),
-    "factor": torch.ones(1, 3),
-    "hue": torch.zeros(1),
-    "order": torch.arange(4)[None],
-    "gray": torch.tensor([False]),
-}
+def adjust(kind):
+    """data.blend with the arguments of torchvision's adjust_..., one factor for all images."""
+    return lambda x, factor: data.blend(
+        x, torch.full((len(x),), kind), torch.full((len(x),), factor)
+    )
 
 
 @pytest.mark.parametrize(
-    "name, value, operation",
+    "ours, torchvisions, values",
     [
-        ("flip", torch.tensor([True]), TF.hflip),
-        (
-            "box",
-            torch.tensor([[3.0, 7, 11, 20]]),
-            lambda x: TF.resized_crop(x, 3, 7, 11, 20, [32, 32], antialias=True),
-        ),
-        ("factor", torch.tensor([[1.7, 1, 1]]), lambda x: TF.adjust_brightness(x, 1.7)),
-        ("factor", torch.tensor([[1, 0.3, 1]]), lambda x: TF.adjust_contrast(x, 0.3)),
-        ("factor", torch.tensor([[1, 1, 1.6]]), lambda x: TF.adjust_saturation(x, 1.6)),
-        ("hue", torch.tensor([-0.15]), lambda x: TF.adjust_hue(x, -0.15)),
-        ("gray", torch.tensor([True]), lambda x: TF.rgb_to_grayscale(x, 3)),
-        ("gray", torch.tensor([False]), lambda x: x),  # no parameter set: the image itself
+        (adjust(data.BRIGHTNESS), TF.adjust_brightness, (0.2, 1.0, 1.8)),
+        (adjust(data.CONTRAST), TF.adjust_contrast, (0.2, 1.0, 1.8)),
+        (adjust(data.SATURATION), TF.adjust_saturation, (0.2, 1.0, 1.8)),
+        (lambda x, turn: data.hue(x, torch.full((len(x),), turn)), TF.adjust_hue, (-0.2, 0.15)),
     ],
 )
-def test_each_operation_alone_equals_torchvision(name, value, operation):
-    image = random_images(1)
-    view = augment(image, {**NOTHING, name: value})
-    assert (view[0] - operation(image[0].float() / 255)).abs().max() < 2e-6
+def test_each_operation_equals_torchvisions(ours, torchvisions, values):
+    x = torch.cat([random_images(64).float() / 255, torch.zeros(1, 3, 32, 32)])
+    for value in values:
+        expected = torch.stack([torchvisions(image, value) for image in x])
+        assert (ours(x, value) - expected).abs().max() < 2e-6
+        assert value == 1.0 or (ours(x, value) - x).abs().max() > 0.1
+
+
+def test_crop_flips_each_image_by_itself():
+    x = random_images(2).float() / 255
+    box = torch.tensor([[3.0, 7, 11, 20], [0, 0, 32, 32]])
+    for flip in ([True, False], [False, True]):
+        views = data.crop(x, box, torch.tensor(flip))
+        expected = TF.resized_crop(x[0], 3, 7, 11, 20, [32, 32], antialias=True), x[1]
+        for view, image, mirrored in zip(views, expected, flip):
+            assert (view - (TF.hflip(image) if mirrored else image)).abs().max() < 2e-6
 
 
 def test_parameters_have_the_distributions_of_the_paper():
@@ -159,18 +164,18 @@ def test_parameters_have_the_distributions_of_the_paper():
         assert ours.std().item() == pytest.approx(theirs.std().item(), abs=0.3)
     jittered = params["hue"] != 0
     assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
-    assert (params["factor"][~jittered] == 1).all() and (params["factor"][jittered] != 1).any(
-        1
-    ).all()
-    assert (
-        params["factor"].min() >= 0.2
-        and params["factor"].max() <= 1.8
-        and params["hue"].abs().max() <= 0.2
-    )
+    factors = params["before"] * params["after"]  # one of the two is 1
+    assert ((params["before"] == 1) | (params["after"] == 1)).all()
+    assert (factors[~jittered] == 1).all() and (factors[jittered] != 1).any(1).all()
+    assert factors.min() >= 0.2 and factors.max() <= 1.8
+    assert factors[jittered].mean() == pytest.approx(1, abs=0.015)
+    assert params["hue"].abs().max() <= 0.2
     assert params["flip"].float().mean() == pytest.approx(0.5, abs=0.015)
     assert params["gray"].float().mean() == pytest.approx(0.2, abs=0.015)
-    orders, counts = params["order"].unique(dim=0, return_counts=True)
-    assert len(orders) == 24 and counts.min() > 20000 / 24 * 0.85
+    hue_place = (params["before"] != 1).sum(1, keepdim=True)
+    orders = torch.cat([params["kind"], hue_place], 1)[jittered]
+    orders, counts = orders.unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and counts.min() > 16000 / 24 * 0.85
 
 
 def test_a_box_that_never_fits_becomes_the_largest_centred_one():
