@@ -115,7 +115,7 @@ def build_parser(methods=METHODS):
 # fmt: on
 
 
-def read_config(argv, parser, methods=METHODS):
+def read_config(parser, argv=None, methods=METHODS):
     """Flags -> config, a dict, and when resuming the checkpoint, whose flags are the defaults."""
     config, checkpoint = vars(parser.parse_args(argv)), None
     if config["resume"]:
@@ -357,7 +357,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
         if rank:  # the first process speaks, and checks everything before the others begin
             sys.stdout = None
             dist.all_reduce(torch.zeros(1))
-        config, checkpoint = read_config(argv, parser, methods)
+        config, checkpoint = read_config(parser, argv, methods)
         device = pick_device(config["device"])
         config["amp"] = bf16_is_fast(device) if config["amp"] is None else config["amp"]
 

@@ -1,13 +1,14 @@
-"""The other methods of the paper's table, each as one function, and the two bounds.
+"""The other methods of the paper's table, and SSD with one thing changed, each as one function.
 
     FedDecorr   a regulariser on h                               feddecorr_loss
     FedX        distillation within and across networks          fedx_loss, nt_xent, fedx_relation
     FedU2       a regulariser on z and a rule of averaging       fedu2_uniform, fedu2_average
     L-DAWA      a rule of averaging                              ldawa_average
     FedProx     a term that holds on to the global weights       fedprox_term
+    CHOICES     what paper and authors' code leave open in SSD   authors_dsr, objective
 
-All but FedX, which has an objective of its own, stand on align + beta uniform, as the paper's SSD
-does, and share its data, split, network and evaluation. Flags and run folder are train.py's:
+The first five, but for FedX with its own objective, stand on align + beta uniform as SSD does.
+Data, split, network and evaluation are SSD's, flags and run folder train.py's:
 
     python extras/baselines.py --method fedx --clients 10 --alpha 0.1
     python extras/baselines.py --method fedalignuniform --client 3   # client 3 alone: lower bound
@@ -28,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from data import augment, draw_params, pack, two_views, unpack  # noqa: E402
+from eval import load_checkpoint  # noqa: E402
 from federated import average_states, processes  # noqa: E402
-from losses import ssd_loss  # noqa: E402
+from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
 
 NAMES = ("feddecorr", "fedx", "fedu2", "ldawa", "fedprox")
 LOSSES = {"feddecorr", "fedx", "fedu2", "fedprox"}  # those with a loss of their own
-METHODS = {**train.METHODS, **{name: {"gamma": 0.0, "delta": 0.0} for name in NAMES}}
 
 # ---------------------------------------------------------------------------- FedDecorr
 
@@ -239,6 +240,54 @@ def fedprox_term(model, global_state):
     return sum((w - global_state[name]).square().sum() for name, w in model.named_parameters()) / 2
 
 
+# ---------------------------------------------------------------------------- open choices of SSD
+
+
+@functools.cache
+def random_axes(dim):
+    """An orthonormal basis (D, D), float32, always the same one for its size."""
+    draws = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
+    return torch.linalg.qr(draws).Q
+
+
+def authors_dsr(z, d_k):
+    """DSR as the authors' code has it: ||z - stopgrad(target)||_F / B, z unit rows (B, D) -> ().
+
+    target = Q (Q^T z * d_k), back on the sphere, Q random axes. The norm is of the whole batch and
+    not squared: the gradient for z is (z - target) / (B ||z - target||_F).
+    """
+    q = random_axes(z.shape[1]).to(z)
+    target = F.normalize((z.detach() @ q * d_k) @ q.T, dim=1)
+    return (z - target).norm() / len(z)
+
+
+def objective(h1, u1, h2, u2, d_k, beta, gamma, delta, hard, dsr, distill):
+    """`losses.ssd_loss` with other functions for its last two terms."""
+    total, terms = ssd_loss(h1, u1, h2, u2, d_k, beta, 0.0, 0.0)
+    h, u = torch.stack([h1, h2]).float(), torch.stack([u1, u2]).float()
+    dsr_term = sum(dsr(F.normalize(view, dim=1), d_k) for view in u) / 2
+    distill_term = sum(map(distill, h, u)) / 2
+    terms |= {"dsr": dsr_term.detach(), "distill": distill_term.detach()}
+    return total + gamma * dsr_term + delta * distill_term, terms
+
+
+DSR = {"gamma": 1.0, "delta": 0.0}
+SSD = {"gamma": 1.0, "delta": 0.1}
+CHOICES = {  # method: weights, what stands for dsr_loss, for distill_loss
+    "dsr-literal": (DSR, functools.partial(dsr_loss, on_sphere=False), distill_loss),
+    "dsr-authors": (DSR, authors_dsr, distill_loss),
+    "ssd-reverse": (SSD, dsr_loss, lambda h, u: distill_loss(u, h)),
+    "ssd-half": (SSD, dsr_loss, functools.partial(distill_loss, temperature=0.5)),
+    "ssd-into-h": (SSD, dsr_loss, lambda h, u: distill_loss(h, u.detach())),
+    "ssd-authors": (SSD, authors_dsr, lambda h, u: distill_loss(u, h, temperature=0.5)),
+    "ssd-cosine": (SSD, dsr_loss, distill_loss),  # lr falls to 0 as half a cosine over the rounds
+}
+METHODS = {
+    **train.METHODS,
+    **{name: {"gamma": 0.0, "delta": 0.0} for name in NAMES},
+    **{name: choice[0] for name, choice in CHOICES.items()},
+}
+
 # ---------------------------------------------------------------------------- script
 
 
@@ -287,6 +336,18 @@ def make_method(config, images, split):
         if config["compile"]:
             raise ValueError(f"--compile does not work with --method {name}: leave it out")
         method["loss"] = make_loss(config, images, split)
+    if name in CHOICES:
+        _, dsr, distill = CHOICES[name]
+        changed = functools.partial(objective, dsr=dsr, distill=distill)
+        method["loss"] = train.make_loss(config, len(split), images.device, changed)
+    if name == "ssd-cosine":
+        done = load_checkpoint(config["resume"])[0]["config"] if config["resume"] else config
+        if done["rounds"] != config["rounds"]:
+            raise ValueError(
+                f"--rounds {config['rounds']}: the schedule is that of "
+                f"{done['rounds']} rounds, start a run of its own"
+            )
+        method["lr"] = lambda r: config["lr"] * (1 + math.cos(math.pi * r / config["rounds"])) / 2
     if config["client"] is not None:
         if config["client"] >= len(split):
             raise ValueError(f"--client {config['client']}: the last one is {len(split) - 1}")

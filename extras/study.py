@@ -4,7 +4,7 @@
         -- --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
            --batch-size 64 --lr 0.03
 
-A row is a method of train.py, extras/baselines.py or extras/choices.py and, if need be, more of its
+A row is a method of train.py, or extras/baselines.py and, if need be, more of its
 flags; what follows `--` is common to all rows. The row `local` trains every client alone, by align
 + uniform, in every round, and takes the mean of their scores. A row and a seed make one run folder
 (`local`: one a client), which is trained, and scored by eval.py, unless that is done: the same
@@ -24,12 +24,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import baselines  # noqa: E402
-import choices  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
-SCRIPTS = {"train.py": train, "extras/baselines.py": baselines, "extras/choices.py": choices}
+SCRIPTS = {"train.py": train, "extras/baselines.py": baselines}
 COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "LP %": ("linear_probe", 1, 2),
     "FT 1 %": ("finetune_0.01", 1, 2),
@@ -54,9 +53,8 @@ def plan(row, seed, folder, common):
     alone = method == "local"
     method = "fedalignuniform" if alone else method
     flags = [*common, "--method", method, *more, "--seed", str(seed)]
-    script = "extras/choices.py" if method in choices.CHOICES else "train.py"
-    if alone or method in baselines.NAMES or "--client" in more:
-        script = "extras/baselines.py"
+    own = alone or method not in train.METHODS or "--client" in more
+    script = "extras/baselines.py" if own else "train.py"
     args = SCRIPTS[script].build_parser().parse_args(flags)
     if not alone:
         return [(script, flags, folder)]

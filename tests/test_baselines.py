@@ -1,4 +1,4 @@
-"""extras/baselines.py and extras/choices.py: loops, values by hand; every method trains."""
+"""extras/baselines.py: loops, values by hand; every method trains."""
 
 import copy
 import itertools
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
 import baselines
-import choices
 import own_embeddings
 from baselines import (
     feddecorr_loss,
@@ -318,24 +317,24 @@ def test_the_local_loss_by_hand(name, dataset):
 
 def test_the_authors_dsr_is_a_norm_over_the_batch_along_other_axes():
     z, d_k = unit(6, 8), scaling_vectors(2, 8)[1].double()
-    q = choices.random_axes(8).double()
+    q = baselines.random_axes(8).double()
     assert torch.allclose(q.T @ q, torch.eye(8, dtype=torch.float64), atol=1e-6)
     total = 0.0
     for row in z:
         target = sum(d_k[i] * float(row @ q[:, i]) * q[:, i] for i in range(8))
         total += float((row - target / target.norm()).square().sum())
-    assert choices.authors_dsr(z, d_k).item() == pytest.approx(math.sqrt(total) / 6)
+    assert baselines.authors_dsr(z, d_k).item() == pytest.approx(math.sqrt(total) / 6)
     z.requires_grad_()
-    choices.authors_dsr(z, d_k).backward()
+    baselines.authors_dsr(z, d_k).backward()
     assert z.grad.norm().item() == pytest.approx(1 / 6)  # whatever the distance
-    assert choices.authors_dsr(z, torch.ones(8).double()).item() == pytest.approx(0, abs=1e-6)
+    assert baselines.authors_dsr(z, torch.ones(8).double()).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_the_choices_objective_is_ssds_with_the_defaults():
     h1, u1, h2, u2 = (randn(6, 8, seed=seed) for seed in range(4))
     d_k, weights = scaling_vectors(2, 8)[0].double(), dict(beta=0.5, gamma=2.0, delta=3.0)
-    distill = choices.distill_loss
-    total, terms = choices.objective(
+    distill = baselines.distill_loss
+    total, terms = baselines.objective(
         h1, u1, h2, u2, d_k, **weights, hard=False, dsr=dsr_loss, distill=distill
     )
     expected, expected_terms = ssd_loss(h1, u1, h2, u2, d_k, **weights)
@@ -376,30 +375,29 @@ def test_a_baseline_trains_and_is_not_align_and_uniform_alone(name):
     load_checkpoint("runs/a/last.pt")  # eval.py can take it
 
 
-@pytest.mark.parametrize("name", choices.CHOICES.keys() - {"ssd-cosine"})
+@pytest.mark.parametrize("name", baselines.CHOICES.keys() - {"ssd-cosine"})
 def test_a_choice_trains_and_is_not_ssd(name):
-    state, _ = run(choices, "--method", name)
+    state, _ = run(baselines, "--method", name)
     plain, _ = run(train, "--method", name.split("-")[0], out="runs/b")
     assert not equal(state, plain)
 
 
 def test_ssd_is_the_same_in_every_script():
     plain, _ = run(train, "--method", "ssd")
-    for script in (choices, baselines):
-        assert equal(plain, run(script, "--method", "ssd", out=f"runs/{script.__name__}")[0])
+    assert equal(plain, run(baselines, "--method", "ssd", out="runs/b")[0])
 
 
 def test_cosine_falls_from_lr_to_nearly_zero():
-    _, lines = run(choices, "--method", "ssd-cosine", "--rounds", "4")
+    _, lines = run(baselines, "--method", "ssd-cosine", "--rounds", "4")
     expected = [0.01 * (1 + math.cos(math.pi * r / 4)) / 2 for r in range(4)]
     assert [line["lr"] for line in lines] == pytest.approx(expected)
 
 
 def test_cosine_takes_no_more_rounds_than_it_began_with(capsys):
-    run(choices, "--method", "ssd-cosine")
+    run(baselines, "--method", "ssd-cosine")
     before = Path("runs/a/last.pt").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        choices.main(["--method", "ssd-cosine", "--resume", "runs/a/last.pt", "--rounds", "2"])
+        baselines.main(["--method", "ssd-cosine", "--resume", "runs/a/last.pt", "--rounds", "2"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1
     assert "--rounds 2: the schedule is that of 1 rounds" in err

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
 import baselines
 import bench
-import choices
 import figures
 import own_embeddings
 import study
@@ -33,7 +32,6 @@ SCRIPTS = {
     "eval.py": evaluation,
     "extras/baselines.py": baselines,
     "extras/bench.py": bench,
-    "extras/choices.py": choices,
     "extras/figures.py": figures,
     "extras/own_embeddings.py": own_embeddings,
     "extras/study.py": study,
@@ -65,7 +63,7 @@ def test_every_command_has_flags_that_exist(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *flags])
     if "--help" in flags:
         assert flags == ["--help"]
-    elif SCRIPTS[script] in (train, baselines, choices):
+    elif SCRIPTS[script] in (train, baselines):
         SCRIPTS[script].build_parser().parse_args(flags)
     elif script == "extras/study.py":
         monkeypatch.setattr(study, "train_one", stop)

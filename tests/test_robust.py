@@ -44,7 +44,11 @@ def script(*flags, processes=1, **options):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "../train.py", *flags]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(command, **options)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits SIG_IGN
+    try:
+        return subprocess.Popen(command, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(process, status=0, timeout=120):

@@ -9,7 +9,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
 import baselines
-import choices
 import study
 
 import eval as evaluation
@@ -21,7 +20,6 @@ SCRIPTS = {
     "train": train.main,
     "eval": evaluation.main,
     "baselines": baselines.main,
-    "choices": choices.main,
 }
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 
@@ -109,7 +107,7 @@ def test_rows_of_other_scripts_and_the_two_bounds(calls, capsys):
     rows = ["ldawa", "ssd-reverse", "local", "fedalignuniform --clients 1"]
     command = ["runs", "--rows", *rows, "--seeds", "0", "--evaluation", "--epochs 1 --finetune"]
     study.main([*command, "--", *SMALL])
-    assert calls[::2] == ["baselines", "choices", "baselines", "baselines", "eval", "train"]
+    assert calls[::2] == ["baselines", "baselines", "baselines", "baselines", "eval", "train"]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
     own = [

@@ -216,6 +216,48 @@ def test_no_rounds_leave_the_untrained_network():
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
 
 
+# ------------------------------------------------------------------ waiting
+
+
+def progress_of(monkeypatch, terminal, seconds_a_step, rounds=3):
+    """make_progress over `rounds` rounds of two clients with 2 x 6 and 2 x 12 steps."""
+    clock = [100.0]
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    monkeypatch.setattr(train, "TERMINAL", terminal)
+    monkeypatch.setattr(train, "CLEAR", "\n" if terminal else "")
+
+    def loss(*_):
+        clock[0] += seconds_a_step
+        return "value"
+
+    config = {"local_epochs": 2, "batch_size": 10, "participation": 1.0, "rounds": rounds}
+    split, history = [range(65), range(120)], []
+    progress, counting = train.make_progress(loss, config, split, history)
+    for _ in range(rounds):
+        for k, steps in ((0, 12), (1, 24)):
+            progress(k, [0, 1])
+            assert [counting() for _ in range(steps)] == ["value"] * steps
+        history.append({})
+
+
+def test_off_a_terminal_one_line_says_how_long_a_round_and_the_run_take(monkeypatch, capsys):
+    progress_of(monkeypatch, False, 60.0)
+    # 36 steps a round, 20 of 108 done, a minute each
+    assert capsys.readouterr() == (
+        "after 20 steps: about 0:36:00 a round, 1:28:00 for the run\n",
+        "",
+    )
+
+
+def test_on_a_terminal_the_place_and_the_time_left_every_second(monkeypatch, capsys):
+    progress_of(monkeypatch, True, 0.6)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()[1:]
+    assert out == "" and len(lines) == 108 // 2 - 1  # at most one a second: every second step
+    assert lines[0] == "client 1 of 2, step 3 of 36, left: 0:00:20 of the round, 0:01:03 of the run"
+    assert lines[-1].startswith("client 2 of 2, step 35 of 36, left: 0:00:01 of the round, 0:00:01")
+
+
 # ------------------------------------------------------------------ methods
 
 
