@@ -3,8 +3,9 @@
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
 The local loss, the choice of clients and the rule of averaging are arguments: another method needs
-no edit here. One worker model and one optimiser serve every client in turn, so memory does not grow
-with their number. A client sends its weights and its sample count, nothing else.
+no edit here. One worker model and one optimiser serve every client in turn, and FedAvg needs a sum
+only, so memory does not grow with their number. A client sends its weights and its sample count,
+nothing else.
 Needs torch; copies into another project as it is. There:
 
     >>> def loss(model, batch, *_): return (model(batch) - 1).square().mean(), {}
@@ -112,10 +113,13 @@ def federated_round(
     if not kept:
         model.load_state_dict(global_state)
         raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    mean = unflatten(total / sum(weights), global_state)
-    model.load_state_dict(average(states, weights, global_state, r) if average else mean)
+    if average:
+        new_state = average(states, weights, global_state, r)
+    else:
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        new_state = unflatten(total / sum(weights), global_state)
+    model.load_state_dict(new_state)
     terms = {
         name: sum(n * reports[k][name] for k, n in zip(kept, weights)) / sum(weights)
         for name in reports[kept[0]]
@@ -144,7 +148,7 @@ def train_client(
             value.backward()
             optimizer.step()
             for name, term in {"loss": value.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0) + term  # on the device: no wait inside the epoch
+                sums[name] = sums.get(name, 0) + term  # on the device, which nobody waits for
             steps += 1
     return {name: float(total) / steps for name, total in sums.items()}
 
@@ -158,8 +162,9 @@ def choose_clients(num_clients, participation, generator):
 
 
 def average_states(states, weights):
-    """FedAvg, sum_i w_i state_i / sum_i w_i, entry by entry -> state dict.
+    """FedAvg of states at hand, sum_i w_i state_i / sum_i w_i, entry by entry -> state dict.
 
+    `federated_round` does the same as the states arrive; this is for other rules and real servers.
     states: an iterable of state dicts, read once and one at a time; weights: as many numbers >= 0
     with a sum > 0, or ValueError. BatchNorm statistics are averaged like weights.
     """
@@ -195,7 +200,10 @@ def copy_state(model):
 
 
 def reset_optimizer(optimizer):
-    """Make the optimiser as new: zero its state in place (for SGD bit-equal to a fresh one)."""
+    """Make the optimiser as new: zero its state. In place, so that compiled code stays valid.
+
+    For SGD without dampening this is bit-equal to a fresh one.
+    """
     for state in optimizer.state.values():
         for value in state.values():
             if torch.is_tensor(value):

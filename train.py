@@ -6,7 +6,7 @@
     python train.py --resume runs/NAME/last.pt
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
 
-The story is `main`: flags, data, split, network, loss, the loop over rounds. A run writes
+Read `main` first, at the end: flags, data, split, network, loss, loop over rounds. A run writes
 runs/NAME/: config.json (flags, versions, device), split.json (client -> indices of training
 images) and, after every round, last.pt and metrics.jsonl (a line a round).
 `python eval.py runs/NAME/last.pt` evaluates it.
@@ -120,19 +120,21 @@ def read_config(parser, argv=None, methods=METHODS):
     config, checkpoint = vars(parser.parse_args(argv)), None
     if config["resume"]:
         checkpoint, _ = load_checkpoint(config["resume"])
-        there, done = checkpoint["config"], len(checkpoint["history"])
-        there |= {"out": str(Path(config["resume"]).parent), "device": "auto"}
-        for flag in there.keys() ^ config.keys():
-            raise ValueError(f"{config['resume']} is another script's: they differ in {flag}")
+        done = len(checkpoint["history"])
+        saved = {**checkpoint["config"], "out": str(Path(config["resume"]).parent)}
+        if saved.keys() != config.keys():
+            odd = ", ".join(sorted(saved.keys() ^ config.keys()))
+            raise ValueError(f"{config['resume']} is another script's: they differ in {odd}")
         # as text, so that a checkpoint's values are checked like a user's
         plain = (bool, type(None))
-        parser.set_defaults(**{f: v if isinstance(v, plain) else str(v) for f, v in there.items()})
+        texts = {f: v if isinstance(v, plain) else str(v) for f, v in saved.items()}
+        parser.set_defaults(**{**texts, "device": "auto"})
         config = vars(parser.parse_args(argv))
         for flag in config.keys() - MAY_CHANGE:
-            if config[flag] != there[flag]:
+            if config[flag] != saved[flag]:
                 raise ValueError(
                     f"--{flag.replace('_', '-')} {config[flag]} contradicts the checkpoint, which "
-                    f"has {there[flag]}: leave it out, or start without --resume"
+                    f"has {saved[flag]}: leave it out, or start without --resume"
                 )
         if config["rounds"] < done:
             raise ValueError(f"--rounds {config['rounds']}: {done} are done already")
@@ -153,6 +155,7 @@ def make_split(config, labels, checkpoint):
     limit, clients = config["limit"], config["clients"]
     if limit and limit > len(labels):
         raise ValueError(f"--limit {limit}: there are only {len(labels)} training images")
+    # whatever the seed, the same images; without a limit all of them
     pool = torch.randperm(len(labels), generator=keyed_generator("limit"))[:limit].sort().values
     if not (checkpoint or config["split_file"]):
         parts = dirichlet_split(labels[pool], clients or 10, config["alpha"], config["seed"])
@@ -242,7 +245,11 @@ def open_run(config, split, model, device):
 
 
 def save(folder, config, split, model, history):
-    """Write last.pt, all that --resume and eval.py need, then metrics.jsonl."""
+    """Write last.pt, all that --resume and eval.py need, then metrics.jsonl.
+
+    Weights and rounds done are enough to go on exactly: every client begins with a fresh optimiser,
+    and all random numbers are keyed by seed, round and client.
+    """
     state = {"config": {**config, "resume": None}, "history": history}
     state["split"] = [torch.from_numpy(part) for part in split]
     state["model"] = {name: value.cpu() for name, value in model.state_dict().items()}
@@ -275,7 +282,7 @@ def write_whole(path, content):
 
 
 def make_progress(loss, config, split, history):
-    """`federated_round`'s progress, and the loss counting its steps: how long will it take?
+    """Say how long it will take: `federated_round`'s progress, and the loss, called once a step.
 
     On a terminal once a second: client, step, time left of round and run. Elsewhere one line, once
     20 steps are done. Only the clock is read: no step waits for the device.
@@ -295,7 +302,8 @@ def make_progress(loss, config, split, history):
         nonlocal count, start, shown, done
         if count == 1:  # the first step, which may compile, is not like the others
             start = shown = time.time()
-        elif count > 1 and time.time() > shown + 1 if TERMINAL else count == 20:
+        due = (count > 1 and time.time() > shown + 1) if TERMINAL else count == 20
+        if due:
             shown, a_step = time.time(), (time.time() - start) / (count - 1)
             rounds = config["rounds"] - len(history) - 1
             left, all_left = (of - done) * a_step, (of - done + a_round * rounds) * a_step
@@ -317,7 +325,10 @@ def span(seconds):
 
 
 def leave(error, folder, parser):
-    """End the run with one line, why and how to go on, and an exit status; else raise the error."""
+    """End the run with one line, why and how to go on, and an exit status.
+
+    folder: None before training has begun. A fault of the code itself is raised as it is.
+    """
     go_on = f"Go on with: python {parser.prog} --resume {folder}/last.pt"
     if not folder and isinstance(error, (ValueError, OSError)):
         parser.error(str(error))  # a user's mistake, found before the first round: status 2
@@ -333,9 +344,15 @@ def leave(error, folder, parser):
         status, why = 1, f"another process has died ({str(error).splitlines()[0]}). {go_on}"
     else:
         raise error
-    if not processes()[0]:
+    if not processes()[0] or isinstance(error, (OSError, torch.OutOfMemoryError)):
         print(f"{CLEAR}{why}", file=sys.stderr, flush=True)
     os._exit(status) if dist.is_initialized() else sys.exit(status)  # no waiting for the others
+
+
+def wait_for_all():
+    """Return once all processes are here."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
 
 
 # ---------------------------------------------------------------------------- the run
@@ -356,7 +373,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
     try:
         if rank:  # the first process speaks, and checks everything before the others begin
             sys.stdout = None
-            dist.all_reduce(torch.zeros(1))
+            wait_for_all()
         config, checkpoint = read_config(parser, argv, methods)
         device = pick_device(config["device"])
         config["amp"] = bf16_is_fast(device) if config["amp"] is None else config["amp"]
@@ -378,14 +395,15 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
 
         options = ("rounds", "participation", "local_epochs", "batch_size", "seed")
         options = {name: config[name] for name in options} | make_method(config, images, split)
+        if count > 1 and "average" in options:
+            raise ValueError("this rule of averaging needs all states: run one process")
         progress, options["loss"] = make_progress(options["loss"], config, split, history)
         monitor = make_monitor(config, data, split)
 
         if not rank:
             folder = Path(config["out"]) if checkpoint else open_run(config, split, model, device)
             write_metrics(folder, history)  # a kill may have come between it and last.pt
-            if count > 1:
-                dist.all_reduce(torch.zeros(1))
+            wait_for_all()
         sizes = [len(part) for part in split]
         print(
             f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(split)} "
@@ -393,14 +411,15 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
             f"{'bfloat16' if config['amp'] else 'float32'}" + f", {count} processes" * (count > 1),
             flush=True,
         )
-        done, start = len(history), time.time()
+        done = len(history)
+        start = last = time.time()
         for r, report in train_federated(
             model, optimizer, images, split, start=done, progress=progress, **options
         ):
             if rank:
                 continue  # the first process scores and writes
             scores, terms = monitor(model), report.pop("terms")
-            seconds = time.time() - start - sum(line["seconds"] for line in history[done:])
+            seconds, last = time.time() - last, time.time()
             line = {"round": r + 1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
             history.append({**line, **report, **terms, **scores})
             save(folder, config, split, model, history)
@@ -413,8 +432,9 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
                 + f"  left out, not finite: client {report['left_out']}" * bool(report["left_out"]),
                 flush=True,
             )
-        untrained = make_model(config).to(device, memory_format=torch.channels_last)
-        print(f"""
+        if not rank:
+            untrained = make_model(config).to(device, memory_format=torch.channels_last)
+            print(f"""
 kNN {monitor(model)["knn"]:.1f} %, of the untrained encoder {monitor(untrained)["knn"]:.1f} % \
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
 from data import augment, draw_params, pack, two_views, unpack  # noqa: E402
 from eval import load_checkpoint  # noqa: E402
-from federated import average_states, processes  # noqa: E402
+from federated import average_states  # noqa: E402
 from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
 
 NAMES = ("feddecorr", "fedx", "fedu2", "ldawa", "fedprox")
@@ -330,8 +330,6 @@ def make_method(config, images, split):
         method["average"] = lambda states, weights, global_state, r: fedu2_average(
             states, weights, global_state
         )
-    if "average" in method and processes()[1] > 1:
-        raise ValueError(f"--method {name} averages all states at once: run one process")
     if name in LOSSES:
         if config["compile"]:
             raise ValueError(f"--compile does not work with --method {name}: leave it out")
