@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 import baselines  # noqa: E402
 import choices  # noqa: E402
 
+import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
@@ -50,16 +51,9 @@ TABLES = {
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
     "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
 }
-PAIRED = [
-    "LP %",
-    "kNN %",
-    "−L_uniform h",
-    "−L_uniform z",
-    "alignment h",
-    "alignment z",
-    "eff. rank h",
-]
-OPEN = {"out", "resume", "rounds", "device", "data_dir"}  # may differ from those of a run there is
+PAIRED = "LP %, kNN %, −L_uniform h, −L_uniform z, alignment h, alignment z, eff. rank h".split(
+    ", "
+)
 
 
 def plan(row, seed, folder, common):
@@ -76,29 +70,27 @@ def plan(row, seed, folder, common):
     args = SCRIPTS[script].build_parser().parse_args(flags)
     if not alone:
         return [(script, flags, folder)]
-    clients = len(train.read_split(args.split_file)) if args.split_file else args.clients or 10
+    clients = len(data.read_split(args.split_file)) if args.split_file else args.clients or 10
     return [(script, [*flags, "--client", str(k)], folder / f"client-{k}") for k in range(clients)]
 
 
 def train_one(script, flags, folder):
     """Train a run folder to its end, from its checkpoint if it has one; it may be there whole."""
     module, last = SCRIPTS[script], folder / "last.pt"
-    asked = vars(module.build_parser().parse_args(flags))
+    asked, _ = train.read_config(flags, module.build_parser(), module.METHODS)
     flags = [*flags, "--out", str(folder)]
     if last.exists():
-        for name, value in module.METHODS[asked["method"]].items():
-            asked[name] = value if asked[name] is None else asked[name]
-        asked["clients"] = asked["clients"] or (None if asked["split_file"] else 10)
         checkpoint, _ = evaluation.load_checkpoint(last)
-        there = {**checkpoint["config"], "clients": len(checkpoint["split"])}
-        for name in sorted(asked.keys() - OPEN):
-            resolved = name in ("amp", "clients") and asked[name] is None  # when the run began
-            if not resolved and asked[name] != there.get(name):
+        there = checkpoint["config"]  # what was left to it to find out it has found out
+        asked["clients"] = asked["clients"] or (there["clients"] if asked["split_file"] else 10)
+        asked["amp"] = there["amp"] if asked["amp"] is None else asked["amp"]
+        for name in sorted(asked.keys() - train.MAY_CHANGE - {"out"}):
+            if asked[name] != there.get(name):
                 raise ValueError(
                     f"{folder} was trained with {name} {there.get(name)}, not {asked[name]}: "
                     "take another folder for the study"
                 )
-        if checkpoint["round"] == asked["rounds"]:
+        if len(checkpoint["history"]) == asked["rounds"]:
             return
         flags = ["--resume", str(last), "--rounds", str(asked["rounds"])]
     subprocess.run([sys.executable, ROOT / script, *flags], check=True)
@@ -200,7 +192,13 @@ def main(argv=None):
     add("folder", type=Path, help="where the run folders lie; or PAGE.md, to renew")
     rows = ["fedalignuniform", "ssd"]
     add("--rows", nargs="+", default=rows, help="a method each, with more flags (%(default)s)")
-    add("--seeds", type=train.number(int, 0), nargs="+", default=[0, 1, 2], help="(%(default)s)")
+    add(
+        "--seeds",
+        type=evaluation.number(int, 0),
+        nargs="+",
+        default=[0, 1, 2],
+        help="(%(default)s)",
+    )
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
     add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
     parser.epilog = "after --: train.py's flags, for all rows"
