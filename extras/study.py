@@ -51,9 +51,7 @@ TABLES = {
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
     "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
 }
-PAIRED = "LP %, kNN %, −L_uniform h, −L_uniform z, alignment h, alignment z, eff. rank h".split(
-    ", "
-)
+PAIRED = "LP %,kNN %,−L_uniform h,−L_uniform z,alignment h,alignment z,eff. rank h".split(",")
 
 
 def plan(row, seed, folder, common):
