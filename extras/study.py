@@ -1,19 +1,20 @@
-"""Train and evaluate methods with several seeds each; print a table, mean +- std over the seeds.
+"""Train and evaluate methods with several seeds each; print tables, mean +- std over the seeds.
 
     python extras/study.py runs/first --rows fedalignuniform ssd "dsr --no-projector" --seeds 0 1 \
         -- --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
            --batch-size 64 --lr 0.03
+    python extras/study.py extras/RESULTS.md    # writes its tables anew from assets/*.jsonl
 
-A row is a method of train.py, or extras/baselines.py and, if need be, more of its
-flags; what follows `--` is common to all rows. The row `local` trains every client alone, by align
-+ uniform, in every round, and takes the mean of their scores. A row and a seed make one run folder
-(`local`: one a client), which is trained, and scored by eval.py, unless that is done: the same
-command goes on where it was stopped, and prints the table alone once all is there. Folders made
-with other flags are refused. All scores go to scores.jsonl in the study's folder, a line each.
-The scale is the flags' business: without flags it is the paper's run.
+A row is a method of train.py or of a script in extras/ and, if need be, more of its flags; what
+follows `--` is common to all rows. The row `local` trains every client alone, by align + uniform,
+and takes the mean of their scores. A row and a seed make one run folder (`local`: one a client),
+which is trained, and scored by eval.py, unless that is done: the same command goes on where it was
+stopped. Folders made with other flags are refused. All scores go to scores.jsonl in the study's
+folder, a line each. The scale is the flags' business: without flags it is the paper's run.
 """
 
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import baselines  # noqa: E402
 
+import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 
@@ -35,14 +37,20 @@ COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "FT 10 %": ("finetune_0.1", 1, 2),
     "kNN %": ("knn", 1, 2),
     "−L_uniform h": ("uniformity_h", -1, 3),
-    "z": ("uniformity_z", -1, 3),
+    "−L_uniform z": ("uniformity_z", -1, 3),
     "inter-client h": ("uniformity_inter_h", -1, 3),
-    "inter z": ("uniformity_inter_z", -1, 3),
-    "align z": ("alignment_z", 1, 3),
-    "align h": ("alignment_h", 1, 3),
+    "inter-client z": ("uniformity_inter_z", -1, 3),
+    "alignment z": ("alignment_z", 1, 3),
+    "alignment h": ("alignment_h", 1, 3),
     "eff. rank h": ("effective_rank_h", 1, 1),
     "s/round": ("seconds_per_round", 1, 1),
 }
+TABLES = {
+    "accuracy": ["LP %", "FT 1 %", "FT 10 %", "kNN %", "s/round"],
+    "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
+    "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
+}
+PAIRED = "LP %,kNN %,−L_uniform h,−L_uniform z,alignment h,alignment z,eff. rank h".split(",")
 
 
 def plan(row, seed, folder, common):
@@ -53,33 +61,35 @@ def plan(row, seed, folder, common):
     alone = method == "local"
     method = "fedalignuniform" if alone else method
     flags = [*common, "--method", method, *more, "--seed", str(seed)]
-    own = alone or method not in train.METHODS or "--client" in more
-    script = "extras/baselines.py" if own else "train.py"
+    script = next((name for name in SCRIPTS if method in SCRIPTS[name].METHODS), "train.py")
+    if alone or "--client" in more:
+        script = "extras/baselines.py"
     args = SCRIPTS[script].build_parser().parse_args(flags)
     if not alone:
         return [(script, flags, folder)]
-    clients = len(train.read_split(args.split_file)) if args.split_file else args.clients or 10
+    clients = len(data.read_split(args.split_file)) if args.split_file else args.clients or 10
     return [(script, [*flags, "--client", str(k)], folder / f"client-{k}") for k in range(clients)]
 
 
 def train_one(script, flags, folder):
     """Train a run folder to its end, from its checkpoint if it has one; it may be there whole."""
     module, last = SCRIPTS[script], folder / "last.pt"
-    parser = module.build_parser()
-    asked, _ = train.read_config(parser, flags, module.METHODS)
+    asked, _ = train.read_config(module.build_parser(), flags, module.METHODS)
+    flags = [*flags, "--out", str(folder)]
     if last.exists():
-        flags = ["--resume", str(last), "--rounds", str(asked["rounds"])]
-        there, checkpoint = train.read_config(parser, flags, module.METHODS)
+        checkpoint, _ = evaluation.load_checkpoint(last)
+        there = checkpoint["config"]  # what was left to it to find out it has found out
+        asked["clients"] = asked["clients"] or (there["clients"] if asked["split_file"] else 10)
+        asked["amp"] = there["amp"] if asked["amp"] is None else asked["amp"]
         for name in sorted(asked.keys() - train.MAY_CHANGE - {"out"}):
-            if asked[name] != there[name] and (name, asked[name]) != ("amp", None):
+            if asked[name] != there.get(name):
                 raise ValueError(
-                    f"{folder} was trained with {name} {there[name]}, not {asked[name]}: "
+                    f"{folder} was trained with {name} {there.get(name)}, not {asked[name]}: "
                     "take another folder for the study"
                 )
-        if checkpoint["round"] == asked["rounds"]:
+        if len(checkpoint["history"]) == asked["rounds"]:
             return
-    else:
-        flags = [*flags, "--out", str(folder)]
+        flags = ["--resume", str(last), "--rounds", str(asked["rounds"])]
     subprocess.run([sys.executable, ROOT / script, *flags], check=True)
 
 
@@ -114,44 +124,88 @@ def mean(runs):
     return {key: statistics.mean(run[key] for run in runs) for key in keys}
 
 
-def table(rows):
-    """Markdown of rows {label: [scores of a seed, ...]}, without the columns that have no value."""
-    columns = {
-        name: spec
-        for name, spec in COLUMNS.items()
-        if any(spec[0] in run for runs in rows.values() for run in runs)
-    }
-    lines = ["| | " + " | ".join(columns) + " | n |", "|---" * (len(columns) + 2) + "|"]
+def minus(runs, others):
+    """Scores {seed: {key: value}} minus those of another row, in the seeds that both have."""
+    pairs = {seed: (runs[seed], others[seed]) for seed in runs if seed in others}
+    return {s: {key: a[key] - b[key] for key in a if key in b} for s, (a, b) in pairs.items()}
+
+
+def cell(values, digits, paired):
+    """`mean ± std`; of differences with its sign, and how many of n have the sign of the mean."""
+    if not values:
+        return "–"
+    middle = statistics.mean(values)
+    text = f"{middle:{'+' * paired}.{digits}f}".replace("-", "−")
+    text += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    same = sum(value * middle > 0 for value in values)
+    return f"{text} ({same}/{len(values)})" if paired else text
+
+
+def table(name, headings, rows, paired=False):
+    """Markdown of rows {label: {seed: scores}}, "" if empty; columns without a value left out."""
+    there = {key for runs in rows.values() for run in runs.values() for key in run}
+    columns = {heading: COLUMNS[heading] for heading in headings if COLUMNS[heading][0] in there}
+    lines = [[name, *columns, "n"], ["---"] * (len(columns) + 2)]
     for label, runs in rows.items():
-        cells = []
-        for key, factor, digits in columns.values():
-            values = [factor * run[key] for run in runs if key in run]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "–")
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {len(runs)} |")
-    return "\n".join(lines)
+        found = [
+            cell([factor * run[key] for run in runs.values() if key in run], digits, paired)
+            for key, factor, digits in columns.values()
+        ]
+        lines.append([label, *found, str(len(runs))])
+    lines = [line[:-1] if paired else line for line in lines if columns]  # paired cells say n
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(lines):
+    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
+    results, parts = {}, []
+    for line in map(json.loads, lines):
+        row, seed, data_set = (line.pop(name) for name in ("row", "seed", "transfer"))
+        results.setdefault(data_set, {}).setdefault(row, {})[seed] = line
+    for data_set, rows in results.items():
+        where = f", transfer to {data_set}" if data_set else ""
+        parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]
+        first, runs = next(iter(rows.items()))
+        others = {row: minus(rows[row], runs) for row in rows if row != first}
+        parts += [table(f"minus {first}{where}", PAIRED, others, paired=True)]
+    return "\n\n".join(filter(None, parts))
+
+
+def renew(page):
+    """A text with the tables between `<!-- FILE.jsonl -->` and `<!-- end -->` made anew."""
+
+    def fill(block):
+        file = ROOT / block[1]
+        lines = file.read_text().splitlines() if file.exists() else []  # no run is done yet
+        return f"<!-- {block[1]} -->\n\n{tables(lines)}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (\S+\.jsonl) -->.*?<!-- end -->", fill, page, flags=re.S)
 
 
 def main(argv=None):
-    """Flags -> runs -> one table for the runs' own data set and one for every transfer."""
+    """Flags -> runs -> scores.jsonl -> tables; or a page with its tables anew."""
     parser = evaluation.OneLineParser("extras/study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, help="where the run folders lie, e.g. runs/ablation")
+    add("folder", type=Path, help="where the run folders lie; or PAGE.md, to renew")
+    rows = ["fedalignuniform", "ssd"]
+    add("--rows", nargs="+", default=rows, help="a method each, with more flags (%(default)s)")
     add(
-        "--rows",
+        "--seeds",
+        type=evaluation.number(int, 0),
         nargs="+",
-        default=["fedalignuniform", "ssd"],
-        help="a method each, and more flags in the same string (fedalignuniform ssd)",
+        default=[0, 1, 2],
+        help="(%(default)s)",
     )
-    add("--seeds", type=train.number(int, 0), nargs="+", default=[0, 1, 2], help="(%(default)s)")
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
     add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
     parser.epilog = "after --: train.py's flags, for all rows"
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     cut = argv.index("--")
     args, common = parser.parse_args(argv[:cut]), argv[cut + 1 : -1]
-    results = {}
+    lines = []
     try:
+        if args.folder.suffix == ".md":
+            return args.folder.write_text(renew(args.folder.read_text()))
         plans = {  # every flag is checked before the first run starts
             (row, seed): plan(row, seed, args.folder, common)
             for seed in args.seeds  # a whole table of the first seed comes first
@@ -169,20 +223,14 @@ def main(argv=None):
                 train_one(script, run_flags, folder)
             for data_set in (None, *args.transfer):
                 found = [scores(folder, data_set, flags) for _, _, folder in runs]
-                results.setdefault(data_set, {}).setdefault(row, []).append((seed, mean(found)))
+                line = {"row": row, "seed": seed, "transfer": data_set, **mean(found)}
+                lines.append(json.dumps(line) + "\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # it has said why
-    with (args.folder / "scores.jsonl").open("w") as file:
-        for data_set, rows in results.items():
-            for row, runs in rows.items():
-                for seed, run in runs:
-                    line = {"row": row, "seed": seed, "transfer": data_set, **run}
-                    file.write(json.dumps(line) + "\n")
-    for data_set, rows in results.items():
-        print(f"\n{f'transfer to {data_set}' if data_set else 'own data set'}\n")
-        print(table({row: [run for _, run in runs] for row, runs in rows.items()}))
+    (args.folder / "scores.jsonl").write_text("".join(lines))
+    print("\n" + tables(lines))
 
 
 if __name__ == "__main__":

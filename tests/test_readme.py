@@ -1,6 +1,5 @@
-"""README.md tells the truth: its losses, its commands' flags, its example, the copied files."""
+"""README.md and extras/RESULTS.md tell the truth: code, flags, example, files, tables, links."""
 
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,8 @@ import train
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = re.findall(r"python ((?:extras/)?\w+\.py -?[^#`\n]*)", README)
+RESULTS = (ROOT / "extras/RESULTS.md").read_text()
+COMMANDS = re.findall(r"python ((?:extras/)?\w+\.py -?[^#`\n]*)", README + RESULTS)
 CORE = {"losses": [], "model": [], "data": [], "federated": [], "eval": ["data", "model"]}
 SCRIPTS = {
     "train.py": train,
@@ -67,6 +67,8 @@ def test_every_command_has_flags_that_exist(command, monkeypatch):
         SCRIPTS[script].build_parser().parse_args(flags)
     elif script == "extras/study.py":
         monkeypatch.setattr(study, "train_one", stop)
+        monkeypatch.setattr(study, "renew", stop)
+        monkeypatch.chdir(ROOT)
         with pytest.raises(Parsed):
             study.main()
     else:
@@ -109,13 +111,23 @@ def test_the_example_of_a_copied_file_works(name, tmp_path):
     assert re.fullmatch(r"TestResults\(failed=0, attempted=[3-9].*\)\n", done.stdout), done
 
 
-@pytest.mark.parametrize("record", ["ablation", "choices", "silo", "local", "device"])
-def test_a_table_of_results_is_that_of_its_runs(record):
-    """assets/*.jsonl are study.py's scores.jsonl: a line a run."""
-    rows = {}
-    for line in map(json.loads, (ROOT / f"assets/{record}.jsonl").read_text().splitlines()):
-        rows.setdefault(line["row"], []).append(line)
-    assert study.table(rows) in README
+def test_the_tables_of_results_are_those_of_their_runs():
+    """assets/*.jsonl are study.py's scores.jsonl: a line a run. All are shown, as they are."""
+    shown = set(re.findall(r"<!-- assets/(\w.*\.jsonl) -->", RESULTS))
+    assert shown == {file.name for file in (ROOT / "assets").glob("*.jsonl")} | {"regime.jsonl"}
+    assert study.renew(RESULTS) == RESULTS, "python extras/study.py extras/RESULTS.md"
+
+
+def prose(page):
+    """A page's lines, without what stands in ``` blocks."""
+    return re.sub(r"^```.*?^```", "", page, flags=re.S | re.M).splitlines()
+
+
+def test_results_have_narrow_tables_and_short_lines():
+    lines = prose(RESULTS)
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) > 100 and max(line.count("|") - 1 for line in tables) <= 8
+    assert all(len(line) <= 120 for line in lines if not line.startswith(("|", "<img")))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +147,20 @@ def test_a_demonstration_runs_alone_in_an_empty_folder(name, shown, tmp_path):
     assert done.returncode == 0 and shown in done.stdout, done
 
 
-def test_every_file_that_is_linked_is_there():
-    links = re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r'src="([\w./-]+)"', README)
-    assert links and all((ROOT / link).exists() for link in links)
+def anchors(page):
+    """What its headings are called in links: lower case, hyphens for spaces, no other signs."""
+    titles = [line.lstrip("#").strip() for line in prose(page) if re.match("#+ ", line)]
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", "extras/RESULTS.md"])
+def test_every_relative_link_and_anchor_resolves(name):
+    text = "\n".join(prose((ROOT / name).read_text()))
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    links = [link for link in links if "://" not in link]
+    assert len(links) > 5
+    for link in links:
+        path, _, anchor = link.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file.read_text()), link

@@ -8,19 +8,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
-import baselines
 import study
 
 import eval as evaluation
-import train
 from data import draw_shapes
 
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
-SCRIPTS = {
-    "train": train.main,
-    "eval": evaluation.main,
-    "baselines": baselines.main,
-}
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 
 
@@ -32,9 +25,10 @@ def calls(monkeypatch, tmp_path):
     listed = []
 
     def run(command, check):
-        script, flags = Path(command[1]).stem, [str(part) for part in command[2:]]
-        listed.append(script)
-        SCRIPTS[script](flags)
+        script, flags = Path(command[1]), [str(part) for part in command[2:]]
+        listed.append(script.stem)
+        scripts = {**study.SCRIPTS, "eval.py": evaluation}
+        scripts[script.relative_to(study.ROOT).as_posix()].main(flags)
 
     monkeypatch.setattr(study.subprocess, "run", run)
     return listed
@@ -56,16 +50,23 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
     assert calls == ["train", "eval"] * 4  # all was there
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows == [line for line in printed.splitlines() if line.startswith("|")]
-    assert rows[0].startswith("| | LP % | kNN %") and len(rows) == 4
-    assert rows[2].startswith("| pd | ") and rows[2].endswith("| 2 |") and rows[2].count("±") >= 5
+    assert [row.split(" | ")[0][2:] for row in rows[::4]] == [
+        "accuracy",
+        "geometry of h",
+        "geometry of z",
+        "minus pd",
+    ]
+    assert rows[0] == "| accuracy | LP % | kNN % | s/round | n |" and len(rows) == 15
+    assert rows[2].startswith("| pd | ") and rows[2].endswith("| 2 |") and rows[2].count("±") == 3
+    assert rows[14].startswith("| dsr --no-projector | ") and rows[14].count("/2)") == 7
     lines = [json.loads(line) for line in Path("runs/scores.jsonl").read_text().splitlines()]
     assert [(line["row"], line["seed"]) for line in lines] == [
         ("pd", 0),
-        ("pd", 1),
         ("dsr --no-projector", 0),
+        ("pd", 1),
         ("dsr --no-projector", 1),
     ]
-    assert f"| pd | {(lines[0]['linear_probe'] + lines[1]['linear_probe']) / 2:.2f} " in rows[2]
+    assert f"| pd | {(lines[0]['linear_probe'] + lines[2]['linear_probe']) / 2:.2f} " in rows[2]
     study.main([*command, "--rounds", "2"])  # goes on with the same runs
     assert calls[8:] == ["train", "eval"] * 4
 
@@ -76,11 +77,15 @@ def test_scores_of_another_protocol_are_no_scores_and_runs_of_other_flags_no_run
     study.main([*command, "--epochs 1 --finetune 0.1", "--", *SMALL])
     study.main([*command, "--epochs 1 --finetune --own-images", "--", *SMALL])
     assert calls == ["train", "eval", "eval"]
-    table = capsys.readouterr().out.split("own data set")
+    table = capsys.readouterr().out.split("| accuracy |")
     assert "FT 10 %" in table[2] and "FT 10 %" not in table[1] + table[3]
     for other, words in (
         ([flag for flag in SMALL if flag not in ("--width", "2")], "width 2, not 64"),
         ([*SMALL, "--limit", "60"], "limit None, not 60"),
+        ([*SMALL[:6], *SMALL[8:]], "clients 3, not 10"),
+        ([*SMALL, "--clients", "4"], "clients 3, not 4"),
+        ([*SMALL, "--gamma", "0.2"], "gamma 0.0, not 0.2"),
+        ([*SMALL, "--amp"], "amp False, not True"),
     ):
         with pytest.raises(SystemExit) as stop:
             study.main([*command, "--epochs 1 --finetune", "--", *other])
@@ -103,29 +108,122 @@ def test_an_untrained_row(calls, capsys):
     assert calls == ["train", "eval"] and "| ssd --rounds 0 | " in capsys.readouterr().out
 
 
+def test_a_run_that_there_is_may_have_resolved_what_was_left_open(calls):
+    """--amp and, with a split file, --clients are the run's to find out."""
+    Path("split.json").write_text(json.dumps([list(range(60)), list(range(60, 120))]))
+    open_flags = [flag for flag in SMALL if flag not in ("--clients", "3", "--no-amp")]
+    flags = [*open_flags, "--method", "pd", "--split-file", "split.json"]
+    study.train_one("train.py", flags, Path("run"))
+    study.train_one("train.py", [*flags, "--delta", "0.1", "--gamma", "0"], Path("run"))
+    study.train_one("train.py", [*flags, "--clients", "2", "--device", "auto"], Path("run"))
+    assert calls == ["train"]
+    study.train_one("train.py", [*flags, "--rounds", "2"], Path("run"))
+    assert calls == ["train", "train"]
+    with pytest.raises(ValueError, match="method pd, not dsr"):
+        study.train_one(
+            "train.py", [*flags, "--method", "dsr", "--gamma", "0", "--delta", "0.1"], Path("run")
+        )
+
+
+def test_a_row_is_trained_by_the_script_that_has_its_method():
+    for module in study.SCRIPTS.values():
+        for method in module.METHODS:
+            ((script, _, _),) = study.plan(method, 0, Path("runs"), [])
+            assert method in study.SCRIPTS[script].METHODS
+
+
 def test_rows_of_other_scripts_and_the_two_bounds(calls, capsys):
-    rows = ["ldawa", "ssd-reverse", "local", "fedalignuniform --clients 1"]
+    rows = ["ldawa", "local", "fedalignuniform --clients 1"]
     command = ["runs", "--rows", *rows, "--seeds", "0", "--evaluation", "--epochs 1 --finetune"]
     study.main([*command, "--", *SMALL])
-    assert calls[::2] == ["baselines", "baselines", "baselines", "baselines", "eval", "train"]
+    assert calls[::2] == ["baselines", "baselines", "baselines", "eval", "train"]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in rows]
+    assert [line.split(" | ")[0] for line in table[2:5]] == [f"| {row}" for row in rows]
     own = [
         json.loads(Path(f"runs/local-seed0/client-{k}/eval.jsonl").read_text()) for k in (0, 1, 2)
     ]
     mean = sum(line["knn"] for line in own) / 3
-    assert f"| {mean:.2f} | " in table[4]
-    inter = table[0].split(" | ").index("inter z")  # one client has no others
-    assert table[5].split(" | ")[inter] == "–" != table[4].split(" | ")[inter]
+    assert f"| {mean:.2f} | " in table[3]
+    inter = table[10].split(" | ").index("inter-client z")  # one client has no others
+    assert table[14].split(" | ")[inter] == "–" != table[13].split(" | ")[inter]
 
 
-def test_the_table_by_hand():
-    rows = {"a": [{"linear_probe": 40.0, "uniformity_h": -1.0}] * 1}
-    rows["b"] = [{"linear_probe": x, "uniformity_h": -x} for x in (1.0, 2.0, 3.0)]
-    assert study.table(rows).splitlines()[2:] == [
-        "| a | 40.00 | 1.000 | 1 |",
-        "| b | 2.00 ± 1.00 | 2.000 ± 1.000 | 3 |",
+def scores_lines(rows, transfer=None):
+    """{row: {seed: scores}} as the lines of a scores.jsonl."""
+    return [
+        json.dumps({"row": row, "seed": seed, "transfer": transfer, **scores})
+        for row, runs in rows.items()
+        for seed, scores in runs.items()
     ]
+
+
+def test_the_tables_by_hand():
+    rows = {"a": {0: {"linear_probe": 40.0, "uniformity_h": -1.0}}}
+    rows["b"] = {s: {"linear_probe": s + 1.0, "uniformity_h": -1.0 - s} for s in (0, 1, 2)}
+    assert study.tables(scores_lines(rows)).splitlines() == [
+        "| accuracy | LP % | n |",
+        "| --- | --- | --- |",
+        "| a | 40.00 | 1 |",
+        "| b | 2.00 ± 1.00 | 3 |",
+        "",
+        "| geometry of h | −L_uniform h | n |",
+        "| --- | --- | --- |",
+        "| a | 1.000 | 1 |",
+        "| b | 2.000 ± 1.000 | 3 |",
+        "",
+        "| minus a | LP % | −L_uniform h |",
+        "| --- | --- | --- |",
+        "| b | −39.00 (1/1) | +0.000 (0/1) |",
+    ]
+
+
+def test_paired_differences_by_hand():
+    """LP: 2 - 4, 5 - 5, 9 - 10, mean -1, std 1, two below 0; -L: 2 - 1, 4 - 1, 1 - 2, mean 1."""
+    first = {seed: {"linear_probe": 4.0 + seed, "uniformity_z": -1.0} for seed in (0, 1)}
+    first[6] = {"linear_probe": 10.0, "uniformity_z": -2.0}
+    other = {  # in another order, and with a seed that the first row lacks
+        6: {"linear_probe": 9.0, "uniformity_z": -1.0},
+        7: {"linear_probe": 99.0, "uniformity_z": -9.0},
+        1: {"linear_probe": 5.0, "uniformity_z": -4.0},
+        0: {"linear_probe": 2.0, "uniformity_z": -2.0},
+    }
+    rows = {"a": first, "b": other, "c": {7: {"linear_probe": 1.0}}}
+    assert study.tables(scores_lines(rows)).splitlines()[-4:] == [
+        "| minus a | LP % | −L_uniform z |",
+        "| --- | --- | --- |",
+        "| b | −1.00 ± 1.00 (2/3) | +1.000 ± 2.000 (2/3) |",
+        "| c | – | – |",
+    ]
+
+
+def test_no_table_has_more_than_eight_columns():
+    every = {key: 1.0 for key, _, _ in study.COLUMNS.values()}
+    lines = scores_lines({"a": {0: every}, "b": {0: every}})
+    lines += scores_lines({"a": {0: every}}, transfer="shapes")
+    found = study.tables(lines).split("\n\n")
+    assert len(found) == 7 and "accuracy, transfer to shapes" in found[4]
+    headings = [table.splitlines()[0].split(" | ") for table in found]
+    assert max(map(len, headings)) == 8
+    shown = {heading.strip("| ") for line in headings for heading in line[1:]}
+    assert shown == {*study.COLUMNS, "n"}  # no score is left out
+
+
+def test_a_page_gets_its_tables_anew(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    (tmp_path / "one.jsonl").write_text("\n".join(scores_lines({"a": {0: {"knn": 12.5}}})))
+    text = (
+        "Before\n<!-- one.jsonl -->\nold\n<!-- end -->\nbetween <!-- none.jsonl --><!-- end -->\n"
+    )
+    (tmp_path / "page.md").write_text(text)
+    study.main([str(tmp_path / "page.md")])
+    page = (tmp_path / "page.md").read_text()
+    made = "| accuracy | kNN % | n |\n| --- | --- | --- |\n| a | 12.50 | 1 |"
+    empty = "<!-- none.jsonl -->\n\n\n\n<!-- end -->"
+    assert page == (f"Before\n<!-- one.jsonl -->\n\n{made}\n\n<!-- end -->\nbetween {empty}\n")
+    assert study.renew(page) == page
+    with pytest.raises(SystemExit) as stop:
+        study.main([str(tmp_path / "other.md")])
+    assert stop.value.code == 2 and "other.md" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
