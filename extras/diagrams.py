@@ -139,12 +139,12 @@ def scales(plt, clients=10, dim=40, k=3):
     axes["a"].set(
         ylim=(clients - 0.6, -1), ylabel="client", title=f"d_k, {d.max():g} where high, else 1"
     )
-    for name, axis, rows in (("z", axes["b"], z), (f"target of client {k}", axes["c"], target)):
+    for name, axis, rows in (("z", axes["b"], z), ("target", axes["c"], target)):
         own = np.where(d[k] > 1, rows, 0)
         axis.stairs(rows, fill=True, color=COLOURS[-1])
         axis.stairs(own, fill=True, color=COLOURS[1])
         share = 100 * np.square(own).sum()
-        axis.set_title(f"{name}: {share:.0f} % of its square in\nthe client's dimensions")
+        axis.set_title(f"{name}: {share:.0f} % of its squared length\nis in client {k}'s dimensions")
         axis.set_ylim(-0.8, 0.8)
     for axis in (axes["a"], axes["c"]):
         axis.set_xlabel("dimension")

@@ -73,7 +73,7 @@ def first_run(plt, lines):
     terms |= {"L_DSR ↓": values("dsr", rounds), "L_distill ↓": values("distill", rounds)}
     for colour, (label, term) in zip(COLOURS, terms.items()):
         band(right, rounds, term, color=colour)
-        right.text(rounds[-1], term[:, -1].mean() + 0.1, label, color=colour, ha="right")
+        right.text(rounds[-1] + 0.2, term[:, -1].mean(), label, color=colour, va="center")
     right.set_title("loss terms in training")
     for axis in (left, right):
         axis.set_xlabel("round")
@@ -107,9 +107,10 @@ def heatmaps(plt, lines, part):
     for column, (row, found) in zip(axes.T, shown.items()):
         for axis, when in zip(column, ("before", "after")):
             line = found[when]
-            picture = axis.imshow(line["matrix"], interpolation="none", **ends)
-            parts = " / ".join(f"{line[key]:.2f}" for key in ("intra", "inter") if key in line)
-            axis.set_title(f"{row}\n{parts}" if when == "before" else parts, fontsize=11)
+            squares = np.kron(line["matrix"], np.ones((16, 16)))  # sharp in every viewer
+            picture = axis.imshow(squares, interpolation="none", **ends)
+            parts = ", ".join(f"{key} {line[key]:.2f}" for key in ("intra", "inter") if key in line)
+            axis.set_title(f"{row}\n{parts}" if when == "before" else parts, fontsize=10)
             axis.set(xticks=[], yticks=[])
     for axis, when in zip(axes[:, 0], ("local networks", "averaged network")):
         axis.set_ylabel(when)
@@ -125,13 +126,14 @@ def split(plt, run):
     counts = np.stack(
         [np.bincount(data.train_y[part], minlength=len(data.classes)) for part in parts]
     )
-    figure, axis = plt.subplots(figsize=(7, 0.5 * len(data.classes) + 1.5))
+    figure, axis = plt.subplots(figsize=(8.6, 0.5 * len(data.classes) + 1.5))
     for x, y in np.argwhere(counts):
         dots(axis, [x], [y], 24 * np.sqrt(counts[x, y] / counts.max()), color=COLOURS[0])
     k, c = np.unravel_index(counts.argmax(), counts.shape)
     axis.annotate(f"{counts.max():,}", (k, c), (12, 8), textcoords="offset points")
     axis.set_yticks(range(len(data.classes)), data.classes)
     axis.set_xticks(range(len(counts)), [f"{k}\n{n:,}" for k, n in enumerate(counts.sum(1))])
+    axis.tick_params(axis="x", labelsize=11)
     axis.set(
         xlabel="client, and its number of images", title=f"Dirichlet({config['alpha']:g}) split"
     )
