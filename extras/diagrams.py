@@ -144,7 +144,9 @@ def scales(plt, clients=10, dim=40, k=3):
         axis.stairs(rows, fill=True, color=COLOURS[-1])
         axis.stairs(own, fill=True, color=COLOURS[1])
         share = 100 * np.square(own).sum()
-        axis.set_title(f"{name}: {share:.0f} % of its squared length\nis in client {k}'s dimensions")
+        axis.set_title(
+            f"{name}: {share:.0f} % of its squared length\nis in client {k}'s dimensions"
+        )
         axis.set_ylim(-0.8, 0.8)
     for axis in (axes["a"], axes["c"]):
         axis.set_xlabel("dimension")

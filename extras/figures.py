@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
@@ -24,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, views  # noqa: E402
 
 from data import load_dataset  # noqa: E402
-from eval import OneLineParser, load_checkpoint  # noqa: E402
+from eval import OneLineParser  # noqa: E402
 from train import make_model, make_monitor  # noqa: E402
 
 LABELS = {  # as in the README's tables; other rows keep their names
@@ -64,7 +65,8 @@ def first_run(plt, lines):
     def values(key, rounds):
         return np.array([[line[key] for line in lines if line["round"] == r] for r in rounds]).T
 
-    band(left, rounds, values("knn", rounds), color=COLOURS[0], label="SSD")
+    knn, name = values("knn", rounds), f"SSD, {len(values('round', [0]))} seeds"
+    band(left, rounds, knn, color=COLOURS[0], label=name)
     untrained = values("knn", [0]).repeat(len(rounds), 1)
     band(left, rounds, untrained, color=COLOURS[7], linestyle="--", label="untrained encoder")
     left.set_title("kNN %, 2,000 labels (↑ better)")
@@ -84,12 +86,12 @@ def first_run(plt, lines):
 def record(runs):
     """Run folders -> lines of first_run.jsonl: seed and metrics a round, round 0 untrained."""
     for run in runs:
-        checkpoint, _ = load_checkpoint(run / "last.pt")
-        config, split = checkpoint["config"], checkpoint["split"]
-        data = load_dataset(config["dataset"], config["data_dir"])
-        monitor = make_monitor(config, data, np.concatenate(split))
-        yield {"seed": config["seed"], "round": 0, **monitor(make_model(config))}
-        yield from ({"seed": config["seed"], **line} for line in read(run / "metrics.jsonl"))
+        config = json.loads((run / "config.json").read_text())
+        parts = list(json.loads((run / "split.json").read_text()).values())
+        monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
+        untrained = make_model(config).to(memory_format=torch.channels_last)
+        for line in ({"round": 0, **monitor(untrained)}, *read(run / "metrics.jsonl")):
+            yield {"seed": config["seed"], **line}
 
 
 def heatmaps(plt, lines, part):

@@ -10,7 +10,6 @@ are mean ± std over the seeds of a row. Without more training, all images in tw
     python extras/separation.py runs/ablation/*/last.pt --epochs 0 --images 4000 --views
 """
 
-import copy
 import functools
 import json
 import re
@@ -33,12 +32,12 @@ from eval import (  # noqa: E402
     encode,
     load_checkpoint,
     mean_parts,
+    number,
     pick_device,
     uniformity_parts,
 )
-from federated import average_states, keyed_generator, train_client  # noqa: E402
+from federated import average_states, copy_state, keyed_generator, train_client  # noqa: E402
 from losses import hard_separation, scaling_vectors  # noqa: E402
-from train import number  # noqa: E402
 
 VALUES = {  # key of a line: heading
     "total": "−L_uniform",
@@ -52,14 +51,14 @@ VALUES = {  # key of a line: heading
 def local_states(model, config, images, split, rounds, epochs):
     """Each client's state dict after `epochs` epochs from the model's weights, as in a round."""
     loss = choices.make_method({**config, "resume": None}, images, split)["loss"]
-    start, states = copy.deepcopy(model.state_dict()), []
+    start, states = copy_state(model), []
     rates = {"lr": config["lr"], "momentum": config["momentum"]}
     for k, index in enumerate(split):
         model.load_state_dict(start)
         sgd = torch.optim.SGD(model.parameters(), weight_decay=config["weight_decay"], **rates)
         draws, batch = keyed_generator(config["seed"], "client", rounds, k), config["batch_size"]
         train_client(model, sgd, images, index, loss, k, draws, epochs, batch, start)
-        states.append(copy.deepcopy(model.state_dict()))
+        states.append(copy_state(model))
     return states
 
 
@@ -90,7 +89,7 @@ def geometry(z, client):
 
 def measure(checkpoint, model, images, epochs, count, two):
     """Yields {"when", "part", values of `geometry`, with two views "alignment"}: four dicts."""
-    config, split, rounds = checkpoint["config"], checkpoint["split"], checkpoint["round"]
+    config, split, rounds = checkpoint["config"], checkpoint["split"], len(checkpoint["history"])
     d = scaling_vectors(len(split), 8 * config["width"], config["scale"], config["seed"])
     chosen, view_draws = [], torch.Generator().manual_seed(0)
     for k, index in enumerate(split):
@@ -153,7 +152,7 @@ def main(argv=None):
             if config["method"] not in choices.METHODS:
                 raise ValueError(f"{path} is of {config['method']}, no method of extras/choices.py")
             asked = {"epochs": args.epochs, "images": args.images, "views": args.views}
-            known = {"run": run, "rounds": checkpoint["round"], **asked}
+            known = {"run": run, "rounds": len(checkpoint["history"]), **asked}
             if any(known.items() <= line.items() for line in lines):
                 continue
             images = load(config["dataset"], args.data_dir).train_x.to(device)

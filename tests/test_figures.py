@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(runs, capsys):
         (["empty"], "empty holds no scored runs"),
         (["runs", "--rows", "dsr"], "no row dsr in runs: it has pd, ssd"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--first-run", "nowhere"], "no checkpoint at nowhere"),
+        (["--first-run", "nowhere"], "nowhere/config.json"),
     ):
         with pytest.raises(SystemExit) as stop:
             figures.main([*flags, "--out", "figures"])
