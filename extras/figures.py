@@ -84,14 +84,16 @@ def first_run(plt, lines):
 
 
 def record(runs):
-    """Run folders -> lines of first_run.jsonl: seed and metrics a round, round 0 untrained."""
+    """Run folders -> lines of first_run.jsonl: seed, terms, scores a round, round 0 untrained."""
+    left_out = {"lr", "seconds", "clients", "left_out"}
     for run in runs:
         config = json.loads((run / "config.json").read_text())
         parts = list(json.loads((run / "split.json").read_text()).values())
         monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
         untrained = make_model(config).to(memory_format=torch.channels_last)
         for line in ({"round": 0, **monitor(untrained)}, *read(run / "metrics.jsonl")):
-            yield {"seed": config["seed"], **line}
+            kept = {name: value for name, value in line.items() if name not in left_out}
+            yield {"seed": config["seed"], **kept}
 
 
 def heatmaps(plt, lines, part):
