@@ -23,7 +23,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
-import choices  # noqa: E402
+import baselines  # noqa: E402
 
 from data import load_dataset, two_views  # noqa: E402
 from eval import (  # noqa: E402
@@ -38,6 +38,7 @@ from eval import (  # noqa: E402
 )
 from federated import average_states, copy_state, keyed_generator, train_client  # noqa: E402
 from losses import hard_separation, scaling_vectors  # noqa: E402
+from train import METHODS  # noqa: E402
 
 VALUES = {  # key of a line: heading
     "total": "−L_uniform",
@@ -50,7 +51,7 @@ VALUES = {  # key of a line: heading
 
 def local_states(model, config, images, split, rounds, epochs):
     """Each client's state dict after `epochs` epochs from the model's weights, as in a round."""
-    loss = choices.make_method({**config, "resume": None}, images, split)["loss"]
+    loss = baselines.make_method({"client": None, **config}, images, split)["loss"]
     start, states = copy_state(model), []
     rates = {"lr": config["lr"], "momentum": config["momentum"]}
     for k, index in enumerate(split):
@@ -149,8 +150,8 @@ def main(argv=None):
         for path in args.checkpoints:
             checkpoint, model = load_checkpoint(path)
             config, run = checkpoint["config"], str(Path(path).parent)
-            if config["method"] not in choices.METHODS:
-                raise ValueError(f"{path} is of {config['method']}, no method of extras/choices.py")
+            if config["method"] not in METHODS.keys() | baselines.CHOICES:
+                raise ValueError(f"{path} is of {config['method']}, not SSD or one of its rows")
             asked = {"epochs": args.epochs, "images": args.images, "views": args.views}
             known = {"run": run, "rounds": len(checkpoint["history"]), **asked}
             if any(known.items() <= line.items() for line in lines):
