@@ -1,6 +1,6 @@
 """What averaging does to the separation of the clients: their images before and after FedAvg.
 
-    python extras/separation.py runs/regime/*/last.pt --out separation.jsonl   # MINUTES a run
+    python extras/separation.py runs/regime/*/last.pt     # for each the time of one round
 
 Every client trains the run's global network for one more round. Its training images are embedded by
 its own local network (before) and by the average of all (after); hsd's z is separated as in
