@@ -147,8 +147,8 @@ def uniformity_parts(h, client, t=2.0):
     h (N, D), client (N,) int64 ids below K -> total (), in [-4t, 0], lower is more uniform;
     intra (K,), the terms w_k^2 E_kk; inter (K, K), the terms w_i w_j E_ij with a zero diagonal:
     total = log(intra.sum() + inter.sum()). ValueError for fewer than two rows.
-    The paper prints this equation with a leading minus, which its own tables do not fit: this is the
-    sign of Wang & Isola (2020), and the tables show -total.
+    The paper prints this equation with a leading minus, which does not fit its own tables. This is
+    the sign of Wang & Isola (2020), and the tables show -total.
     """
     if h.ndim != 2 or len(h) < 2 or client.shape != h.shape[:1]:
         raise ValueError(

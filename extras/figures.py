@@ -1,10 +1,12 @@
-"""The README's figures, from run folders: `pip install matplotlib`, then
+"""The README's figures, as small SVG files: `pip install matplotlib`, then
 
-    python extras/figures.py runs/ablation --out assets      # a minute, CPU
+    python extras/figures.py                       # those that need no run: seconds, CPU
+    python extras/figures.py runs/ablation         # a study's as well: a minute
 
 where runs/ablation is what extras/study.py left: run folders of train.py, scored by eval.py, whose
-names end in the seed. Five figures: the sphere before and after DSR, the split, the rounds,
-uniformity against alignment, the two views.
+names end in the seed. --first-run takes runs of the first run's command and keeps their rounds in
+first_run.jsonl, from which their curve is drawn again; --separation takes the file that
+extras/separation.py writes.
 """
 
 import itertools
@@ -17,24 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
-from data import draw_shapes, load_dataset, two_views  # noqa: E402
+from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, views  # noqa: E402
+
+from data import load_dataset  # noqa: E402
 from eval import OneLineParser  # noqa: E402
-from losses import scaling_vectors, toy  # noqa: E402
-
-STYLE = {  # a light card of its own: it reads the same on a light and on a dark page
-    "figure.facecolor": "#f7f7f5",
-    "axes.facecolor": "#f7f7f5",
-    "savefig.bbox": "tight",
-    "font.size": 13,
-    "lines.linewidth": 2,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.hashsalt": "0",  # the same file again from the same runs
-    "svg.fonttype": "none",
-}
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#888888"]
+from train import make_model, make_monitor  # noqa: E402
 
 LABELS = {  # as in the README's tables; other rows keep their names
     "fedalignuniform": "FedAlignUniform",
@@ -45,33 +37,88 @@ LABELS = {  # as in the README's tables; other rows keep their names
 }
 
 
-def legend(figure, axis):
-    """One legend for the whole figure, below it."""
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, frameon=False)
+def read(path):
+    """The lines of a .jsonl file."""
+    return list(map(json.loads, path.read_text().splitlines()))
 
 
-def sphere(plt):
-    """Two clients' points before and after DSR, seen from between their own axes."""
-    points = list(toy())
-    view = torch.tensor([[-0.71, 0.0, 0.71], [-0.41, 0.82, -0.41], [0.58, 0.58, 0.58]])
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.7))
-    ends = zip(axes, (points[0], points[-1]), ("before DSR", "after five steps"))
-    for axis, (both, inter), when in ends:
-        axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#999999", linewidth=1))
-        for k, (z, d_k) in enumerate(zip(both, scaling_vectors(2, 3))):
-            seen = z @ view.T
-            front = seen[:, 2] > 0
-            axis.plot(
-                *seen[front, :2].T.numpy(), ".", color=COLOURS[k], alpha=0.7, label=f"client {k}"
-            )
-            own = ((d_k != 1).float() @ view.T).tolist()
-            axis.plot([0, own[0]], [0, own[1]], color=COLOURS[k], linestyle=":")
-        axis.set_title(f"{when}: inter-client\n−L_uniform {inter:.2f}", fontsize=13)
-        axis.set_aspect("equal")
-        axis.axis("off")
-    legend(figure, axes[0])
+def shorten(svg):
+    """An SVG file with its numbers rounded, coordinates to a tenth of a point."""
+    svg = re.sub(r"\d{2,}\.\d{2,}", lambda number: f"{float(number[0]):.1f}", svg)
+    return re.sub(r"\d\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
+
+
+def band(axis, x, values, **style):
+    """Mean of the rows of values (n, len(x)), and ± std around it."""
+    mean = values.mean(0)
+    (line,) = axis.plot(x, mean, **style)
+    if len(values) > 1:
+        std = values.std(0, ddof=1)
+        axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.14, lw=0)
+
+
+def first_run(plt, lines):
+    """kNN and loss terms a round, from the lines of first_run.jsonl; round 0 is untrained."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
+    rounds = range(1, 1 + max(line["round"] for line in lines))
+
+    def values(key, rounds):
+        return np.array([[line[key] for line in lines if line["round"] == r] for r in rounds]).T
+
+    knn, name = values("knn", rounds), f"SSD, {len(values('round', [0]))} seeds"
+    band(left, rounds, knn, color=COLOURS[0], label=name)
+    untrained = values("knn", [0]).repeat(len(rounds), 1)
+    band(left, rounds, untrained, color=COLOURS[7], linestyle="--", label="untrained encoder")
+    left.set_title("kNN %, 2,000 labels (↑ better)")
+    left.legend(frameon=False)
+    terms = {"−L_uniform ↑": -values("uniform", rounds), "L_align ↓": values("align", rounds)}
+    terms |= {"L_DSR ↓": values("dsr", rounds), "L_distill ↓": values("distill", rounds)}
+    for colour, (label, term) in zip(COLOURS, terms.items()):
+        band(right, rounds, term, color=colour)
+        right.text(rounds[-1] + 0.2, term[:, -1].mean(), label, color=colour, va="center")
+    right.set_title("loss terms in training")
+    for axis in (left, right):
+        axis.set_xlabel("round")
     figure.tight_layout()
+    return figure
+
+
+def record(runs):
+    """Run folders -> lines of first_run.jsonl: seed, terms, scores a round, round 0 untrained."""
+    left_out = {"lr", "seconds", "clients", "left_out"}
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
+        parts = list(json.loads((run / "split.json").read_text()).values())
+        monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
+        untrained = make_model(config).to(memory_format=torch.channels_last)
+        for line in ({"round": 0, **monitor(untrained)}, *read(run / "metrics.jsonl")):
+            kept = {name: value for name, value in line.items() if name not in left_out}
+            yield {"seed": config["seed"], **kept}
+
+
+def heatmaps(plt, lines, part):
+    """-log E_ij of clients i and j before and after averaging, one seed of each row."""
+    shown = {}
+    for line in lines:
+        if line["part"] == part:
+            row = f"{Path(line['run']).name}\nround {line['rounds']}, E = {line['epochs']}"
+            row = re.sub(r"-seed\d+", "", row)
+            shown.setdefault(row, {}).setdefault(line["when"], line)
+    matrices = [line["matrix"] for found in shown.values() for line in found.values()]
+    ends = {"vmin": np.min(matrices), "vmax": np.max(matrices)}  # one scale of colours
+    size = {"figsize": (2.4 * len(shown) + 0.8, 5.6), "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(shown), squeeze=False, **size)
+    for column, (row, found) in zip(axes.T, shown.items()):
+        for axis, when in zip(column, ("before", "after")):
+            line = found[when]
+            squares = np.kron(line["matrix"], np.ones((16, 16)))  # sharp in every viewer
+            picture = axis.imshow(squares, interpolation="none", **ends)
+            parts = ", ".join(f"{key} {line[key]:.2f}" for key in ("intra", "inter") if key in line)
+            axis.set_title(f"{row}\n{parts}" if when == "before" else parts, fontsize=10)
+            axis.set(xticks=[], yticks=[])
+    for axis, when in zip(axes[:, 0], ("local networks", "averaged network")):
+        axis.set_ylabel(when)
+    figure.colorbar(picture, ax=axes, shrink=0.7, label=f"−log E_ij of {part} (↑ further apart)")
     return figure
 
 
@@ -83,13 +130,14 @@ def split(plt, run):
     counts = np.stack(
         [np.bincount(data.train_y[part], minlength=len(data.classes)) for part in parts]
     )
-    figure, axis = plt.subplots(figsize=(7, 0.5 * len(data.classes) + 1.5))
-    k, c = np.indices(counts.shape)
-    axis.scatter(k, c, 600 * counts / counts.max(), COLOURS[0])
+    figure, axis = plt.subplots(figsize=(8.6, 0.5 * len(data.classes) + 1.5))
+    for x, y in np.argwhere(counts):
+        dots(axis, [x], [y], 24 * np.sqrt(counts[x, y] / counts.max()), color=COLOURS[0])
     k, c = np.unravel_index(counts.argmax(), counts.shape)
     axis.annotate(f"{counts.max():,}", (k, c), (12, 8), textcoords="offset points")
     axis.set_yticks(range(len(data.classes)), data.classes)
     axis.set_xticks(range(len(counts)), [f"{k}\n{n:,}" for k, n in enumerate(counts.sum(1))])
+    axis.tick_params(axis="x", labelsize=11)
     axis.set(
         xlabel="client, and its number of images", title=f"Dirichlet({config['alpha']:g}) split"
     )
@@ -100,24 +148,19 @@ def split(plt, run):
 def rounds(plt, rows):
     """Uniformity of h and z, alignment, kNN over the rounds: mean over the seeds, band ± std."""
     panels = {
+        "kNN %, 2,000 labels (↑ better)": ("knn", 1),
+        "L_align in training (↓ closer)": ("align", 1),
         "−L_uniform of h (↑ more uniform)": ("uniformity_h", -1),
         "−L_uniform of z (↑ more uniform)": ("uniformity_z", -1),
-        "alignment in training (↓ closer)": ("align", 1),
-        "kNN %, 2,000 labels (↑)": ("knn", 1),
     }
     figure, axes = plt.subplots(2, 2, figsize=(7.6, 6.5), sharex=True)
     for axis, (title, (key, sign)) in zip(axes.flat, panels.items()):
         for colour, (label, runs) in zip(itertools.cycle(COLOURS), rows.items()):
-            lines = [(run / "metrics.jsonl").read_text().splitlines() for run in runs]
-            values = np.array(
-                [[sign * json.loads(line).get(key, np.nan) for line in part] for part in lines]
-            )
-            r, mean = range(1, 1 + values.shape[1]), values.mean(0)
-            axis.plot(r, mean, color=colour, label=LABELS.get(label, label))
-            if len(values) > 1:
-                std = values.std(0, ddof=1)
-                axis.fill_between(r, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
-        axis.set_title(title, fontsize=13)
+            lines = [read(run / "metrics.jsonl") for run in runs]
+            values = sign * np.array([[line.get(key, np.nan) for line in part] for part in lines])
+            r = range(1, 1 + values.shape[1])
+            band(axis, r, values, color=colour, label=LABELS.get(label, label))
+        axis.set_title(title)
     for axis in axes[1]:
         axis.set_xlabel("round")
     legend(figure, axes[0, 0])
@@ -128,8 +171,7 @@ def rounds(plt, rows):
 def own_scores(run):
     """The last line of a run's eval.jsonl on its own data set."""
     data_set = json.loads((run / "config.json").read_text())["dataset"]
-    lines = map(json.loads, (run / "eval.jsonl").read_text().splitlines())
-    return [line for line in lines if line["dataset"] == data_set][-1]
+    return [line for line in read(run / "eval.jsonl") if line["dataset"] == data_set][-1]
 
 
 def trade_off(plt, rows):
@@ -149,22 +191,7 @@ def trade_off(plt, rows):
     return figure
 
 
-def views(plt):
-    """Six drawn images, each above its two random views."""
-    images = draw_shapes(6, 1).train_x
-    rows = [images / 255, *two_views(images, torch.Generator().manual_seed(3))]
-    figure, axes = plt.subplots(3, 6, figsize=(7, 3.6))
-    for row, pictures, label in zip(axes, rows, ("image", "view 1", "view 2")):
-        for axis, picture in zip(row, pictures):
-            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(label)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06)
-    return figure
-
-
-def find_runs(folder):
+def find_runs(folder, asked=None):
     """{row: its run folders, one a seed}, of the trained and scored runs in a study's folder."""
     rows = {}
     for path in sorted(folder.glob("*-seed*")):
@@ -173,40 +200,57 @@ def find_runs(folder):
             rows.setdefault(name, []).append(path)
     if not rows:
         raise ValueError(f"{folder} holds no scored runs: make them with extras/study.py")
-    return rows
+    for row in asked or []:
+        if row not in rows:
+            raise ValueError(f"no row {row} in {folder}: it has {', '.join(rows)}")
+    return {row: rows[row] for row in asked or rows}
+
+
+def draw_all(plt, args):
+    """Yields the name of a file and its figure, of all that the flags ask for."""
+    rows = find_runs(args.folder, args.rows) if args.folder else {}
+    separation = read(args.separation) if args.separation else []
+    first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if first:
+        kept.write_text("".join(json.dumps(line) + "\n" for line in first))
+    yield "sphere.svg", sphere(plt)
+    yield "pipeline.svg", pipeline(plt)
+    yield "d_k.svg", scales(plt)
+    yield "views.png", views(plt)
+    if kept.exists():
+        yield "first_run.svg", first_run(plt, read(kept))
+    if separation:
+        yield "separation_h.svg", heatmaps(plt, separation, "h")
+        yield "separation_z.svg", heatmaps(plt, separation, "z")
+    if rows:
+        yield "split.svg", split(plt, next(iter(rows.values()))[0])
+        yield "rounds.svg", rounds(plt, rows)
+        yield "trade_off.svg", trade_off(plt, rows)
 
 
 def main(argv=None):
-    """Run folders -> SVG files (the two views: PNG)."""
+    """Run folders and records -> SVG files (the two views: PNG)."""
     parser = OneLineParser("extras/figures.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, help="a folder of run folders, as extras/study.py leaves it")
-    add("--rows", nargs="+", help="draw these rows, in this order (all)")
+    add("folder", type=Path, nargs="?", help="a study's, as extras/study.py leaves it")
+    add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")
+    add("--first-run", type=Path, nargs="+", metavar="RUN", help="run folders, one a seed")
+    add("--separation", type=Path, metavar="FILE", help="of extras/separation.py")
     add("--out", type=Path, default=Path("assets"), help="where the figures go (%(default)s)")
     args = parser.parse_args(argv)
     try:
         import matplotlib.pyplot as plt
 
-        rows = find_runs(args.folder)
-        if args.rows:
-            missing = [row for row in args.rows if row not in rows]
-            if missing:
-                raise ValueError(f"no row {missing[0]} in {args.folder}: it has {', '.join(rows)}")
-            rows = {row: rows[row] for row in args.rows}
-        run = next(iter(rows.values()))[0]
         plt.switch_backend("agg")
         plt.rcParams.update(STYLE)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, draw in {
-            "sphere.svg": lambda: sphere(plt),
-            "split.svg": lambda: split(plt, run),
-            "rounds.svg": lambda: rounds(plt, rows),
-            "trade_off.svg": lambda: trade_off(plt, rows),
-            "views.png": lambda: views(plt),
-        }.items():
-            draw().savefig(args.out / name, metadata={"Date": None} if "svg" in name else None)
-            plt.close("all")
-            print(args.out / name)
+        for name, figure in draw_all(plt, args):
+            path = args.out / name
+            figure.savefig(path, metadata={"Date": None} if "svg" in name else None)
+            if "svg" in name:
+                path.write_text(shorten(path.read_text()))
+            plt.close(figure)
+            print(path)
     except ModuleNotFoundError as error:
         parser.error(f"{error}: pip install matplotlib")
     except (ValueError, OSError) as error:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
 import baselines
-import own_embeddings
 from baselines import (
     feddecorr_loss,
     fedprox_term,
@@ -30,7 +29,7 @@ from baselines import (
 
 import train
 from data import augment, draw_params, draw_shapes, two_views
-from eval import load_checkpoint, uniformity_parts
+from eval import load_checkpoint
 from federated import average_states, keyed_generator
 from losses import align_loss, dsr_loss, scaling_vectors, ssd_loss, uniform_loss
 
@@ -470,21 +469,6 @@ def test_a_checkpoint_with_more_parts_is_not_train_pys(capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1
     assert "weights that --method ssd does not have" in err
-
-
-def test_hard_separation_makes_clients_orthogonal_where_it_is_applied(capsys):
-    run(train, "--method", "hsd")
-    run(train, "--method", "pd", out="runs/b")
-    capsys.readouterr()
-    own_embeddings.main(["runs/a/last.pt", "runs/b/last.pt"])
-    hsd, pd = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
-    assert hsd[2] == "4.000" and float(pd[2]) < 3.9
-    checkpoint, model = load_checkpoint("runs/b/last.pt")
-    z1, z2, client = own_embeddings.own_embeddings(checkpoint, model, draw_shapes(120, 40).train_x)
-    total, _, _ = uniformity_parts(z1, client)
-    assert float(pd[0]) == pytest.approx(-total.item(), abs=6e-4)
-    assert client.bincount().tolist() == [len(part) for part in checkpoint["split"]]
-    assert not torch.equal(z1, z2) and torch.allclose(z2.norm(dim=1), torch.ones(120))
 
 
 def test_eua_of_clients_alike_is_fedavg():

@@ -1,9 +1,10 @@
-"""extras/figures.py: five files from run folders, and one line for every mistake."""
+"""extras/figures.py: small files from runs and records, and one line for every mistake."""
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
@@ -16,32 +17,79 @@ from data import draw_shapes
 
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
-NAMES = ["rounds.svg", "sphere.svg", "split.svg", "trade_off.svg", "views.png"]
+METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "views.png"]
+STUDY = ["rounds.svg", "split.svg", "trade_off.svg"]
+FIRST = ["first_run.jsonl", "first_run.svg"]
+MAPS = ["separation_h.svg", "separation_z.svg"]
 
 
-@pytest.fixture
-def runs(monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
     """Two scored runs of one row and one of another, and a run without scores."""
-    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
-    monkeypatch.chdir(tmp_path)
-    for row, seed in (("ssd", 0), ("ssd", 1), ("pd", 0), ("dsr", 0)):
-        out = f"runs/{row}-seed{seed}"
-        train.main([*SMALL, "--method", row, "--seed", str(seed), "--out", out])
-        if row != "dsr":
-            evaluation.main([f"{out}/last.pt", "--epochs", "1", "--finetune", "--device", "cpu"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+        patch.chdir(tmp_path_factory.mktemp("study"))
+        for row, seed in (("ssd", 0), ("ssd", 1), ("pd", 0), ("dsr", 0)):
+            out = f"runs/{row}-seed{seed}"
+            train.main([*SMALL, "--method", row, "--seed", str(seed), "--out", out])
+            if row != "dsr":
+                evaluation.main([f"{out}/last.pt", "--epochs", "1", "--finetune"])
+        yield
 
 
-def test_five_figures_the_same_again(runs):
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_all_figures_the_same_again_and_small(runs):
     pytest.importorskip("matplotlib")
-    figures.main(["runs", "--out", "one"])
-    figures.main(["runs", "--out", "two"])
-    assert sorted(path.name for path in Path("one").iterdir()) == NAMES
-    for name in NAMES:
+    line = {"run": "runs/ssd-seed0", "rounds": 2, "epochs": 1, "matrix": [[1, 2], [2, 3.5]]}
+    lines = [{**line, "part": part, "when": when} for part in "hz" for when in ("before", "after")]
+    Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["runs", "--separation", "lines.jsonl", "--first-run", "runs/ssd-seed0"]
+    flags += ["runs/ssd-seed1", "--out"]
+    figures.main([*flags, "one"])
+    figures.main([*flags, "two"])
+    assert names("one") == sorted(METHOD + STUDY + FIRST + MAPS)
+    for name in names("one"):
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+        assert Path("one", name).stat().st_size < 100_000
     rounds = Path("one/rounds.svg").read_text()
     assert ">SSD (both)<" in rounds and ">+ PD<" in rounds and ">+ DSR<" not in rounds
     figures.main(["runs", "--out", "one", "--rows", "pd"])
     assert ">SSD (both)<" not in Path("one/rounds.svg").read_text()
+
+
+def test_the_first_runs_rounds_are_kept_with_the_untrained_network(runs, capsys):
+    pytest.importorskip("matplotlib")
+    figures.main(["--first-run", "runs/ssd-seed0", "runs/ssd-seed1", "--out", "first"])
+    lines = figures.read(Path("first/first_run.jsonl"))
+    assert [(line["seed"], line["round"]) for line in lines] == [
+        (seed, r) for seed in (0, 1) for r in (0, 1, 2)
+    ]
+    metrics = figures.read(Path("runs/ssd-seed1/metrics.jsonl"))
+    kept = set(metrics[1]) - {"lr", "seconds", "clients", "left_out"}
+    assert lines[5] == {"seed": 1, **{name: metrics[1][name] for name in kept}}
+    train.main([*SMALL, "--seed", "1", "--rounds", "0", "--out", "runs/untrained"])
+    assert f"of the untrained encoder {lines[3]['knn']:.1f} %" in capsys.readouterr().out
+    Path("first/first_run.svg").unlink()
+    figures.main(["--out", "first"])  # from the record alone
+    assert names("first") == sorted(METHOD + FIRST)
+
+
+def test_numbers_are_rounded_where_they_are_long():
+    shortened = figures.shorten('x="123.456789" y="7.5" opacity="0.1449" points="1.5 100.25"')
+    assert shortened == 'x="123.5" y="7.5" opacity="0.14" points="1.5 100.2"'
+
+
+def test_a_band_is_mean_and_spread():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    _, axis = plt.subplots()
+    figures.band(axis, [1, 2], np.array([[1.0, 5.0], [3.0, 5.0]]))
+    assert axis.lines[0].get_ydata().tolist() == [2, 5]
+    outline = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert outline.min() == pytest.approx(2 - 2**0.5) and outline.max() == 5
 
 
 def test_a_figure_shows_the_scores_on_the_runs_own_data_set(runs):
@@ -64,6 +112,8 @@ def test_mistakes_are_one_line(runs, capsys):
         (["nowhere"], "nowhere holds no scored runs"),
         (["empty"], "empty holds no scored runs"),
         (["runs", "--rows", "dsr"], "no row dsr in runs: it has pd, ssd"),
+        (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--first-run", "nowhere"], "nowhere/config.json"),
     ):
         with pytest.raises(SystemExit) as stop:
             figures.main([*flags, "--out", "figures"])

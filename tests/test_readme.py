@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 import baselines
 import bench
 import figures
-import own_embeddings
+import separation
 import study
 
 import eval as evaluation
@@ -33,7 +33,7 @@ SCRIPTS = {
     "extras/baselines.py": baselines,
     "extras/bench.py": bench,
     "extras/figures.py": figures,
-    "extras/own_embeddings.py": own_embeddings,
+    "extras/separation.py": separation,
     "extras/study.py": study,
 }
 
