@@ -70,7 +70,6 @@ def first_run(plt, lines):
     untrained = values("knn", [0]).repeat(len(rounds), 1)
     band(left, rounds, untrained, color=COLOURS[7], linestyle="--", label="untrained encoder")
     left.set_title("kNN %, 2,000 labels (↑ better)")
-    left.legend(frameon=False)
     terms = {"−L_uniform ↑": -values("uniform", rounds), "L_align ↓": values("align", rounds)}
     terms |= {"L_DSR ↓": values("dsr", rounds), "L_distill ↓": values("distill", rounds)}
     for colour, (label, term) in zip(COLOURS, terms.items()):
@@ -79,6 +78,7 @@ def first_run(plt, lines):
     right.set_title("loss terms in training")
     for axis in (left, right):
         axis.set_xlabel("round")
+    legend(figure, left)
     figure.tight_layout()
     return figure
 
