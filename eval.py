@@ -45,13 +45,13 @@ def knn_accuracy(train_h, train_y, test_h, test_y, k=200, temperature=0.1):
     Returns the per cent of test rows whose class wins. k is lowered to N where N is smaller.
     """
     bank, queries = F.normalize(train_h.float(), dim=1), F.normalize(test_h.float(), dim=1)
-    correct = 0
+    classes, correct = int(train_y.max()) + 1, 0
     for query, label in zip(queries.split(1000), test_y.split(1000)):
         similarity, nearest = (query @ bank.T).topk(min(k, len(bank)))
-        votes = query.new_zeros(len(query), int(train_y.max()) + 1)
+        votes = query.new_zeros(len(query), classes)
         votes.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
-        correct += (votes.argmax(1) == label).sum().item()
-    return 100 * correct / len(test_y)
+        correct = correct + (votes.argmax(1) == label).sum()  # on the device: no wait in between
+    return 100 * int(correct) / len(test_y)
 
 
 def linear_probe(train_h, train_y, test_h, test_y, epochs=200, lr=3e-3, batch_size=512, seed=0):

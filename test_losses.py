@@ -314,7 +314,6 @@ ROWS = torch.eye(4)
         lambda: dsr_loss(ROWS, torch.ones(4, 4)),
         lambda: distill_loss(ROWS, ROWS[:, :1]),
         lambda: distill_loss(ROWS, ROWS, temperature=0.0),
-        lambda: hard_separation(ROWS, torch.ones(4)),  # no own dimension
         lambda: hard_separation(ROWS, torch.tensor([10.0, 1.0])),
         lambda: ssd_loss(ROWS, ROWS, ROWS, ROWS[:2], torch.ones(4)),
     ],

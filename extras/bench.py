@@ -1,14 +1,14 @@
 """What a training step costs, from the usual pipeline to ours: one change a row, all in one run.
 
     python extras/bench.py --quick      # three minutes on two CPU cores
-    python extras/bench.py              # longer blocks and a compiled row, eight minutes there
+    python extras/bench.py              # longer blocks and the compiled rows, eight minutes there
 
 The step: a batch in two views, encoder + projector forward and backward, SSD's loss, SGD. Rows are
 timed in interleaved blocks, so that a slow moment of the machine hits all of them; a row's figure
 is the median over the blocks, +- half the distance between the quartiles. The first row is the
 pipeline that this field's codes have: torchvision's transforms image by image in four DataLoader
 workers, float32, two forwards, every loss term read after every step. The rows below it run
-train.py's own loss through federated.py's local training.
+train.py's own loss through federated.py's local training. An operation is a launch, or more.
 """
 
 import math
@@ -21,11 +21,15 @@ from pathlib import Path
 
 import torch
 import torchvision.transforms as T
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import two_views  # noqa: E402
+from data import draw_params, pack, two_views  # noqa: E402
 from eval import OneLineParser, bf16_is_fast, number, pick_device  # noqa: E402
 from federated import average_states, keyed_generator, reset_optimizer, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
@@ -62,15 +66,21 @@ class TwoViewDataset(torch.utils.data.Dataset):
 class Row:
     """One configuration of the step, with a network and an optimiser of its own."""
 
-    def __init__(self, name, args, device, *, loader=False, nchw=False, sync=False, **config):
+    def __init__(
+        self, name, args, device, *, loader=False, nchw=False, sync=True, views=True, **config
+    ):
         torch.manual_seed(0)
         self.name, self.device, self.loader, self.size = name, device, loader, args.batch_size
         layout = torch.contiguous_format if nchw else torch.channels_last
         self.net = SSDNet(args.width).to(device, memory_format=layout)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.1, 0.9, weight_decay=1e-4)
+        fused = True if device.type == "cuda" and not sync else None  # as train.py
+        sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "fused": fused}
+        self.optimizer = torch.optim.SGD(self.net.parameters(), **sgd)
         config = {**vars(build_parser().parse_args([])), **vars(args), **config}
         self.loss = make_loss({**config, "gamma": 1.0, "delta": 0.1}, 10, device)
         self.d_k, self.sync = scaling_vectors(10, 8 * args.width)[0].to(device), sync
+        if not views:
+            self.loss = loss_without_views(config["amp"], self.d_k)
 
     def local_loss(self, model, images, k, generator, global_state):
         """The loss as train.py has it, or with its terms read after every step."""
@@ -103,6 +113,73 @@ class Row:
             self.optimizer.step()
             {name: term.item() for name, term in terms.items()}
         return (wait(self.device) - start) / steps
+
+
+def loss_without_views(amp, d_k):
+    """Only the forward passes and the objective are compiled; the views are made outside."""
+
+    def step(model, x1, x2):
+        with torch.autocast(d_k.device.type, torch.bfloat16, enabled=amp):
+            (h1, u1), (h2, u2) = model(x1), model(x2)
+        return ssd_loss(h1, u1, h2, u2, d_k)
+
+    compiled = torch.compile(step, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    return lambda model, images, k, generator, _: compiled(model, *two_views(images, generator))
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations and the bytes they read and write; a view is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        view = operation.is_view or "empty" in name or name == "_unsafe_view"
+        if operation.namespace == "aten" and not view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
+            self.count, self.bytes = self.count + 1, self.bytes + sum(x.nbytes for x in tensors)
+        return result
+
+
+def launches(row, images):
+    """Operations of a step that --compile takes, operations outside, bytes of all (one by one)."""
+    size, rng, images = row.size, keyed_generator("launches"), images.repeat(2, 1, 1, 1)
+    shape = (2 * size, *images.shape[2:])
+    fused = torch.optim.SGD(row.net.parameters(), 1e-9, 0.9, fused=True)
+
+    def count(function, *arguments):
+        with Launches() as counter:
+            function(*arguments)
+        return counter.count, counter.bytes
+
+    def epoch(steps):
+        train_client(row.net, fused, images, range(steps * size), row.loss, 0, rng, 1, size)
+
+    epoch(1)  # makes the momentum
+    (one, small), (two, large) = count(epoch, 1), count(epoch, 2)
+    drawn, _ = count(draw_params, *shape, rng)  # on the CPU: no launch
+    packed, _ = count(lambda: pack(draw_params(*shape, rng), row.device))
+    fused.zero_grad()
+    loss, _ = count(lambda: row.loss(row.net, images[:size], 0, rng, None)[0].backward())
+    inside = loss - packed
+    return inside, two - one - drawn - inside, large - small
+
+
+def idle(row, images):
+    """The share of an epoch's time in which the device does nothing, by torch.profiler."""
+    cuda = row.device.type == "cuda"
+    with profile(activities=[getattr(ProfilerActivity, row.device.type.upper())]) as profiler:
+        seconds = row.epoch(images, keyed_generator("idle")) * (len(images) // row.size)
+    kind, own = (DeviceType.CUDA, "device") if cuda else (DeviceType.CPU, "cpu")
+    busy = sum(
+        getattr(event, f"self_{own}_time_total")
+        for event in profiler.key_averages()
+        if event.device_type == kind and not event.is_user_annotation
+    )
+    return 1 - busy / 1e6 / seconds
 
 
 def wait(device):
@@ -196,25 +273,27 @@ def main():
         f"TFLOP a step; {blocks} interleaved blocks of {steps} steps a row\n",
         flush=True,
     )
-    plain = {"nchw": True, "amp": False, "sync": True}
+    plain = {"nchw": True, "amp": False}
     rows = [
         Row("per-sample transforms, 4 workers", args, device, loader=True, **plain),
         Row("views on the device, batched", args, device, **plain),
-        Row("+ channels-last", args, device, amp=False, sync=True),
-        Row("+ bfloat16 autocast", args, device, amp=amp, sync=True),
-        Row("+ no wait inside an epoch: ours", args, device, amp=amp),
+        Row("+ channels-last", args, device, amp=False),
+        Row("+ bfloat16 autocast", args, device, amp=amp),
+        Row("+ no wait, fused SGD: ours", args, device, amp=amp, sync=False),
     ]
     ours = rows[-1]
     if cuda or not args.quick:
-        rows.append(Row("+ --compile", args, device, amp=amp, compile=True))
+        compiled = {"amp": amp, "sync": False, "compile": True}
+        rows.append(Row("+ compiled, but for the views", args, device, views=False, **compiled))
+        rows.append(Row("+ views inside the graph: --compile", args, device, **compiled))
     images = torch.randint(256, (steps * args.batch_size, 3, 32, 32), dtype=torch.uint8)
     where = {row: images if row.loader else images.to(device) for row in rows}
     for row in rows:
         start = wait(device)
         if not row.loader:
             row.epoch(where[row], keyed_generator("warm-up"))
-        if row.loss is rows[-1].loss and row is not ours:
-            print(f"compilation and the first {steps} steps: {wait(device) - start:.0f} s\n")
+        if row in rows[5:]:
+            print(f"{row.name}: {wait(device) - start:.0f} s for the first {steps} steps\n")
     times, memory = {row: [] for row in rows}, {}
     for block in range(blocks):
         for row in rows:
@@ -222,25 +301,30 @@ def main():
                 torch.cuda.reset_peak_memory_stats(device)
             times[row].append(row.epoch(where[row], keyed_generator("block", block)))
             memory[row] = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan
-    print(f"{'':34s}{'ms/step':>15s}  views/s  x prev  x first  % matmul  peak MiB")
+    print(f"{'':36s}{'ms/step':>15s}  views/s  x prev  x first  % matmul  peak MiB")
     flops, medians = step_flops(args), [statistics.median(times[row]) for row in rows]
     for i, (row, median) in enumerate(zip(rows, medians)):
         low, _, high = statistics.quantiles(times[row], n=4)
         peak = bf16 if amp and i >= 3 else fp32
         print(
-            f"{row.name:34s}{1e3 * median:8.1f} +-{1e3 * (high - low) / 2:4.0f}"
+            f"{row.name:36s}{1e3 * median:8.1f} +-{1e3 * (high - low) / 2:4.0f}"
             f"{2 * args.batch_size / median:9.0f}{medians[max(0, i - 1)] / median:8.2f}"
             f"{medians[0] / median:9.2f}{100 * flops / median / 1e12 / peak:10.0f}"
             + (f"{memory[row]:10.0f}" if cuda else "         -")
         )
+    inside, outside, moved = launches(ours, where[ours])
+    print(
+        f"\noperations a step: {inside} that --compile takes, {outside} outside; in ours they read "
+        f"and write {moved / 1e9:.2f} GB, {100 * moved / medians[4] / 1e9 / copy:.0f} % of copying"
+    )
+    for row in rows[4:]:
+        print(f"{row.name}: the device is idle {100 * idle(row, where[row]):.1f} % of the time")
     print("\nparts of our step, each waited for (backward: the difference)")
     for part, seconds in shares(ours, where[ours], keyed_generator("parts"), amp).items():
         print(f"  {part:28s}{1e3 * seconds:9.2f} ms")
-    hours = [PAPER_STEPS * median / 3600 for median in medians]
-    print(
-        f"\nthe paper's run, {PAPER_STEPS:,} steps, at these rates: {hours[4]:.2f} h "
-        f"ours, {hours[0]:.2f} h for the first row"
-    )
+    print(f"\nthe paper's run, {PAPER_STEPS:,} steps, at these rates:")
+    for row, median in zip(rows, medians):
+        print(f"  {row.name:36s}{PAPER_STEPS * median / 3600:9.2f} h")
 
 
 if __name__ == "__main__":
