@@ -427,7 +427,10 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
             print(CLEAR, end="", file=sys.stderr, flush=True)
             print(
                 f"round {r + 1:3d}/{config['rounds']}  "
-                + "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+                + "  ".join(
+                    f"-uniform {-value:.3f}" if name == "uniform" else f"{name} {value:.3f}"
+                    for name, value in terms.items()  # -L_uniform, as in the paper's tables
+                )
                 + f"  kNN {scores['knn']:.1f} %  {seconds:.1f} s  {span(left)} left"
                 + f"  left out, not finite: client {report['left_out']}" * bool(report["left_out"]),
                 flush=True,
