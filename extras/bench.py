@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import draw_params, pack, two_views  # noqa: E402
 from eval import OneLineParser, bf16_is_fast, number, pick_device  # noqa: E402
-from federated import average_states, keyed_generator, reset_optimizer, train_client  # noqa: E402
+from federated import keyed_generator, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
 from model import SSDNet  # noqa: E402
 from train import build_parser, make_loss  # noqa: E402
@@ -221,14 +221,13 @@ def step_flops(args):
 
 
 def shares(row, images, generator, amp):
-    """Seconds of each part of a step, and of the work per client, of one row; each waited for."""
-    device, net = row.device, row.net
-    images = images[: row.size]
-    views, state = two_views(images, generator), net.state_dict()
+    """Seconds of each part of a row's step, each waited for."""
+    device, images = row.device, images[: row.size]
+    views = two_views(images, generator)
 
     def forward():
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return [part for view in views for part in net(view)]
+            return [part for view in views for part in row.net(view)]
 
     def forward_backward():
         row.optimizer.zero_grad()
@@ -241,10 +240,6 @@ def shares(row, images, generator, amp):
         "forward and backward": timed(device, forward_backward),
         "losses": timed(device, lambda: ssd_loss(*outputs, row.d_k)[0].backward()),
         "optimiser": timed(device, row.optimizer.step),
-        "per client: load and reset": timed(
-            device, lambda: (net.load_state_dict(state), reset_optimizer(row.optimizer))
-        ),
-        "per client: averaging": timed(device, lambda: average_states([state] * 4, [1] * 4)) / 4,
     }
 
 
@@ -318,10 +313,9 @@ def main():
             + (f"{memory[row]:10.0f}" if cuda else "         -")
         )
     inside, outside, moved = launches(ours, where[ours])
-    print(
-        f"\noperations a step: {inside} that --compile takes, {outside} outside; in ours they read "
-        f"and write {moved / 1e9:.2f} GB, {100 * moved / medians[4] / 1e9 / copy:.0f} % of copying"
-    )
+    share = 100 * moved / medians[4] / 1e9 / copy
+    print(f"\noperations a step: {inside} that --compile takes, {outside} outside")
+    print(f"in ours they read and write {moved / 1e9:.2f} GB, {share:.0f} % of the copy peak")
     print("\nparts of our step, each waited for (backward: the difference)")
     for part, seconds in shares(ours, where[ours], keyed_generator("parts"), amp).items():
         print(f"  {part:28s}{1e3 * seconds:9.2f} ms")
