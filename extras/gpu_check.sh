@@ -14,11 +14,11 @@ OUT="${OUT:-runs/gpu_check}"                  # eight small files
 RUN="${RUN:-runs/gpu_check/run}"              # the run's folder, and two beside it
 DATASET="${DATASET:-cifar10}" FLAGS="${FLAGS:-}" ROUNDS="${ROUNDS:-100}" SHORT="${SHORT:-10}"
 BENCH="${BENCH:---quick}" EVAL="${EVAL:-}" TESTS="${TESTS:-not would_be_seen}"
-ALL="${ALL:-570}"                             # seconds in all
+ALL="${ALL:-570}" SLOW="${SLOW:-1}"           # seconds in all; the parts' limits times SLOW
 mkdir -p "$OUT" "$(dirname "$RUN")"
 
 part() {  # name, seconds, lines to show, command
-    local name=$1 limit=$2 lines=$3 left=$((ALL - SECONDS)) start=$SECONDS status=0
+    local name=$1 limit=$(($2 * SLOW)) lines=$3 left=$((ALL - SECONDS)) start=$SECONDS status=0
     shift 3
     limit=$((limit < left ? limit : left))
     [ "$limit" -gt 5 ] || { echo "== $name: no time is left"; return 1; }
@@ -49,7 +49,7 @@ sys.exit(f"they differ by more than {noise:.2f}" if abs(eager - compiled) > nois
 PYTHON
     part run 600 3 "${new_run[@]}" --rounds "$ROUNDS" "--$mode" --out "$RUN"
 fi
-cp "$RUN/metrics.jsonl" "$OUT/"
+cp "$RUN/metrics.jsonl" "$OUT/" || exit 1
 if [ "$(wc -l <"$RUN/metrics.jsonl")" -ge "$ROUNDS" ]; then
     part eval 600 20 python3 eval.py "$RUN/last.pt" --device "$DEVICE" $EVAL
 fi
