@@ -1,0 +1,94 @@
+"""One client of a federation: local training on its own images, as federated.py's steps 3 and 4.
+
+A node is started with  --node-config 'client=3 images="folder"'  and reads all images below that
+folder; for a demonstration  'client=3 split="split.json" dataset="shapes"'  reads client 3's part
+of a data set. What leaves the node: weights, number of images, the loss terms' means.
+"""
+
+import json
+from pathlib import Path
+
+import core  # noqa: F401, first: it explains what is missing
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data import _read_images, load_dataset, two_views
+from eval import pick_device
+from federated import keyed_generator, train_client
+from losses import ssd_loss
+from model import SSDNet
+
+app = ClientApp()
+
+
+@app.query()
+def hello(message, context):
+    """Which client this node is."""
+    metrics = MetricRecord({"client": own_id(context.node_config)})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+@app.train()
+def train(message, context):
+    """Global weights -> this client's weights after local training, and its loss terms."""
+    config = message.content["config"]
+    if "d_k" in config:  # sent once: the node keeps it
+        context.state["config"] = config
+    if "config" not in context.state:
+        raise ValueError("no d_k here: the node was started anew; the next round sends it")
+    k, device = own_id(context.node_config), pick_device(context.node_config.get("device", "auto"))
+    d_k = torch.tensor(context.state["config"]["d_k"], device=device)
+    images = own_images(context.node_config, k).to(device)
+
+    def loss(model, batch, k, generator, global_state):
+        x1, x2 = two_views(batch, generator)
+        (h1, u1), (h2, u2) = model(x1), model(x2)  # BatchNorm sees one view at a time
+        weights = {name: config[name] for name in ("beta", "gamma", "delta")}
+        return ssd_loss(h1, u1, h2, u2, d_k, **weights)
+
+    # 2. Send: what arrives are the round's global weights.
+    model = SSDNet(config["width"]).to(device, memory_format=torch.channels_last)
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        config["lr"],
+        config["momentum"],
+        weight_decay=config["weight_decay"],
+    )
+    # 3. Train locally, on the client's own images alone.
+    terms = train_client(
+        model,
+        optimizer,
+        images,
+        range(len(images)),
+        loss,
+        k,
+        keyed_generator(config["seed"], "client", config["round"], k),
+        config["local_epochs"],
+        config["batch_size"],
+    )
+    # 4. Return the weights and the sample count.
+    metrics = MetricRecord({**terms, "client": k, "num-examples": len(images)})
+    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+def own_id(config):
+    """Node config -> the client's id; ValueError without one, or with no place to find images."""
+    if type(config.get("client")) is not int or ("images" in config) == ("split" in config):
+        raise ValueError(f'--node-config must be  client=ID images="FOLDER", not {dict(config)}')
+    return config["client"]
+
+
+def own_images(config, k):
+    """Node config -> uint8 (n, 3, 32, 32): every image below a folder, or part k of a split."""
+    if "split" in config:
+        part = json.loads(Path(config["split"]).read_text())[str(k)]
+        return load_dataset(config["dataset"]).train_x[part]
+    paths = [str(path) for path in sorted(Path(config["images"]).rglob("*"))]
+    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    if len(paths) < 2:
+        raise ValueError(f"{config['images']} has {len(paths)} images, a client needs 2 at least")
+    return _read_images(paths)

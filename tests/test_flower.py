@@ -1,0 +1,235 @@
+"""extras/flower for real, over loopback: one superlink, three supernodes, TLS and registered keys.
+
+Needs flwr (pip install -r extras/flower/requirements.txt); without it everything here is skipped.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("flwr", reason='flwr is not installed: pip install "flwr>=1.42"')
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "extras" / "flower"))
+
+import demo  # noqa: E402
+
+from data import dirichlet_split, draw_shapes  # noqa: E402
+
+K, WIDTH = 3, int(os.environ.get("FLOWER_WIDTH", 4))
+TRAIN = f"--width {WIDTH} --clients {K} --local-epochs 1 --batch-size 16 --lr 0.03".split()
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """A superlink that knows three keys; `nodes` starts and ends nodes, `run` runs the app."""
+    made = Federation(tmp_path_factory.mktemp("flower"))
+    try:
+        yield made
+    finally:
+        demo.end(made.processes)
+        assert not left_running(made.folder)
+
+
+class Federation:
+    def __init__(self, folder):
+        self.folder, self.processes, self.nodes = folder, [], {}
+        self.dataset = folder / "images"
+        images = draw_shapes(150, 50)
+        for part, x, y in (
+            ("train", images.train_x, images.train_y),
+            ("test", images.test_x, images.test_y),
+        ):
+            for i, (image, label) in enumerate(zip(x, y)):
+                path = self.dataset / part / str(int(label)) / f"{i:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        labels = np.sort(images.train_y.numpy())  # as a folder is read: class by class
+        self.split = folder / "split.json"
+        parts = dirichlet_split(labels, K, alpha=1.0)
+        self.split.write_text(json.dumps({k: part.tolist() for k, part in enumerate(parts)}))
+        self.address = demo.prepare(folder, K + 1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self.processes.append(demo.start_superlink(folder, self.address))
+        for k in range(K):
+            demo.flwr(folder, "supernode", "register", f"{folder}/client-{k}.pub", check=True)
+
+    def start_node(self, k, key=None, client=None, path=ROOT):
+        client = k if client is None else client
+        node_config = f'client={client} split="{self.split}" dataset="{self.dataset}"'
+        name = key or f"client-{k}"
+        node = demo.start_node(self.folder, self.address, name, node_config, path=path)
+        self.processes.append(node)
+        self.nodes[k] = node
+        return node
+
+    def log(self, name):
+        path = self.folder / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def start_run(self, name, **config):
+        """Start the app -> the process that shows its log, in name.log."""
+        config = {
+            "width": WIDTH,
+            "local-epochs": 1,
+            "batch-size": 16,
+            "lr": 0.03,
+            "dataset": str(self.dataset),
+            "split-file": str(self.split),
+            "out": str(self.folder / name),
+        } | {key.replace("_", "-"): value for key, value in config.items()}
+        text = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        command = "flwr", "run", str(demo.APP), "--stream", "--run-config", text
+        process = demo.start(self.folder, name, *command)
+        self.processes.append(process)
+        return process
+
+    def run(self, name, **config):
+        """Run the app to its end -> what it has said."""
+        self.start_run(name, **config).wait(600)
+        return self.log(name)
+
+    def metrics(self, name):
+        path = self.folder / name / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def model(self, name):
+        return torch.load(self.folder / name / "last.pt", weights_only=True)["model"]
+
+
+def wait_for(condition, seconds=300):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.5)
+
+
+def left_running(folder, seconds=20):
+    """Processes of this Flower home that still run after so many seconds."""
+    mark, end = f"FLWR_HOME={folder}".encode(), time.time() + seconds
+    while True:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_bytes())
+            except OSError:
+                pass
+        if not found or time.time() > end:
+            return found
+        time.sleep(0.5)
+
+
+def test_no_node_is_one_line(federation):
+    out = federation.run("none", node_timeout=3)
+    assert "no node within 3 s" in out and "Traceback" not in out
+    assert not (federation.folder / "none").exists()
+
+
+def test_a_node_without_a_registered_key_is_refused(federation):
+    node = federation.start_node(0, key=f"client-{K}")
+    assert node.wait(120) != 0
+    assert "Failed to initialize the connection" in federation.log(f"client-{K}")
+
+
+def test_wrong_ids_stop_before_training(federation):
+    nodes = [federation.start_node(k, client=client) for k, client in ((0, 0), (1, 0), (2, 7))]
+    wait_for(lambda: all("SuperNode ID" in federation.log(f"client-{k}") for k in range(K)))
+    out = federation.run("ids")
+    demo.end(nodes)
+    assert "are both client 0" in out and "is client 7, not one of 0 to 2" in out
+    assert "Traceback" not in out and not (federation.folder / "ids").exists()
+
+
+def test_same_weights_as_train_py_and_resume(federation):
+    for k in range(K):
+        federation.start_node(k)
+    out = federation.run("two", rounds=2)
+    flags = f"--dataset {federation.dataset} --split-file {federation.split} --no-amp --device cpu"
+    command = [sys.executable, str(ROOT / "train.py"), *TRAIN, *flags.split()]
+    for rounds in (2, 3):
+        folder = federation.folder / f"train-{rounds}"
+        subprocess.run([*command, "--rounds", str(rounds), "--out", str(folder)], check=True)
+    assert [line["left_out"] for line in federation.metrics("two")] == [[], []], out
+    assert_equal(federation.model("two"), federation.model("train-2"))
+    out = federation.run("resumed", rounds=3, lr=1.0, resume=f"{federation.folder}/two/last.pt")
+    assert_equal(federation.model("two"), federation.model("train-3"))
+    for one, two in zip(federation.metrics("two"), federation.metrics("train-3"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"]) and one["knn"] == two["knn"]
+    evaluation = [sys.executable, str(ROOT / "eval.py"), f"{federation.folder}/two/last.pt"]
+    subprocess.run([*evaluation, "--epochs", "1", "--finetune"], check=True)
+
+
+def assert_equal(one, two):
+    assert list(one) == list(two)
+    for name, value in one.items():
+        assert value.dtype == two[name].dtype and torch.equal(value, two[name]), name
+
+
+def test_a_killed_node_is_missed_and_comes_back(federation):
+    seconds = 10 + 3 * max(line["seconds"] for line in federation.metrics("two"))
+    seen = federation.log("client-2").count("train message")
+    federation.start_run("killed", rounds=1000, round_timeout=int(seconds))
+    wait_for(lambda: federation.log("client-2").count("train message") > seen)
+    os.killpg(federation.nodes[2].pid, signal.SIGKILL)
+    wait_for(lambda: federation.metrics("killed"))
+    assert federation.metrics("killed")[0]["left_out"] == [2]
+    assert "left out: client 2, missing" in federation.log("killed")
+
+    def is_back():
+        if federation.nodes[2].poll() is not None:  # refused while the old one counts as online
+            federation.start_node(2)
+        return federation.metrics("killed")[-1]["left_out"] == []
+
+    wait_for(is_back)
+    run = federation.log("killed").split("started run ")[1].split()[0]
+    demo.flwr(federation.folder, "stop", run, check=True)
+
+
+def test_diverged_and_misshapen_answers_are_left_out(federation, tmp_path):
+    demo.end([federation.nodes[1], federation.nodes[2]])
+    nan, shapes = tmp_path / "nan", tmp_path / "shapes"
+    nan.mkdir()
+    shapes.mkdir()
+    (nan / "losses.py").write_text(
+        "def ssd_loss(h, *_, **__):\n    return h.sum() * float('nan'), {}\n"
+    )
+    source = (ROOT / "model.py").read_text().split("if __name__")[0]
+    (shapes / "model.py").write_text(
+        source + "\n\nplain = SSDNet.state_dict\nSSDNet.state_dict = "
+        "lambda self, *a, **b: {**plain(self, *a, **b), 'projector.0.bias': torch.zeros(3)}\n"
+        if "import torch\n" in source
+        else source + "\n\nimport torch\n\nplain = SSDNet.state_dict\nSSDNet.state_dict = "
+        "lambda self, *a, **b: {**plain(self, *a, **b), 'projector.0.bias': torch.zeros(3)}\n"
+    )
+    federation.start_node(1, path=f"{nan}:{ROOT}")
+    federation.start_node(2, path=f"{shapes}:{ROOT}")
+    out = federation.run("faulty", rounds=1)
+    assert [line["left_out"] for line in federation.metrics("faulty")] == [[1, 2]], out
+    assert "client 1, its loss or weights are not finite" in out
+    assert "client 2, refused: its weights have other" in out
+
+
+def test_demo_ends_everything_on_ctrl_c(tmp_path):
+    command = [sys.executable, str(ROOT / "extras" / "flower" / "demo.py")]
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": tmp_path, "start_new_session": True}
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(command, preexec_fn=restore, **options)
+    try:
+        for line in process.stdout:
+            if "process" in line and "serverapp" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not left_running(folder)
