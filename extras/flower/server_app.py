@@ -5,20 +5,18 @@ an image. It writes the run folder that train.py writes, for eval.py, and goes o
 run config  resume="runs/NAME/last.pt".
 """
 
-import json
 import math
 import time
 from pathlib import Path
 
-import core  # noqa: F401, first: it explains what is missing
-import numpy as np
+import core  # noqa: F401, first: it makes mistakes one line
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 import train
-from data import load_dataset
+from data import load_dataset, read_split
 from eval import load_checkpoint
 from federated import average_states, choose_clients, keyed_generator
 from losses import scaling_vectors
@@ -35,28 +33,29 @@ def main(grid, context):
     resume, round_timeout, node_timeout = (run_config.pop(key) for key in OWN)
     parser = train.build_parser()
     parser.error = refuse
-    config = vars(parser.parse_args([f"--{k}={v}" for k, v in run_config.items() if v != ""]))
-    config["amp"] = False
+    flags = [f"--{key}={value}" for key, value in run_config.items() if value != ""]
+    config = {**vars(parser.parse_args(flags)), "amp": False}
     split, history, model = [], [], train.make_model(config)
     if config["split_file"]:
-        parts = json.loads(Path(config["split_file"]).read_text())
-        split = [np.array(parts[str(k)]) for k in range(config["clients"])]
-    if resume:  # its settings hold; more rounds may be asked for
+        split = read_split(config["split_file"])
+    if resume:  # its settings hold, but for the number of rounds
         checkpoint, model = load_checkpoint(resume)
-        rounds, out = config["rounds"], str(Path(resume).parent)
-        config = {**checkpoint["config"], "rounds": rounds, "out": out}
-        split, history = [part.numpy() for part in checkpoint["split"]], checkpoint["history"]
+        own = {"rounds": config["rounds"], "out": str(Path(resume).parent)}
+        config, history = {**checkpoint["config"], **own}, checkpoint["history"]
+        split = [part.numpy() for part in checkpoint["split"]]
+    if split and len(split) != config["clients"]:
+        raise ValueError(f"run config: clients={config['clients']}, the split has {len(split)}")
     strategy = SSD(config, split, model, history, node_timeout, round_timeout)
     strategy.wait_for_nodes(grid)
     if not resume:
-        config["out"] = str(train.open_run(config, split, model, torch.device("cpu")))
+        train.open_run(config, split, model, torch.device("cpu"))
     arrays = ArrayRecord(model.state_dict())
     strategy.start(grid, arrays, config["rounds"] - len(history), timeout=round_timeout)
     print(f"run folder {config['out']}/  next: python eval.py {config['out']}/last.pt", flush=True)
 
 
 def refuse(message):
-    """A wrong key of the run config, as argparse reports it."""
+    """A wrong value in the run config, in argparse's words."""
     raise ValueError(f"run config: {message}")
 
 
@@ -74,7 +73,7 @@ class SSD(FedAvg):
         self.monitor = lambda model: {}
         if split:  # a demonstration: the server has the labelled data
             data = load_dataset(config["dataset"], config["data_dir"])
-            self.monitor = train.make_monitor(config, data, np.concatenate(split))
+            self.monitor = train.make_monitor(config, data, split)
 
     def wait_for_nodes(self, grid):
         """Until every client has a node, or for node-timeout seconds; at least one is needed."""
@@ -167,7 +166,7 @@ class SSD(FedAvg):
                 **self.monitor(self.model),
             }
         )
-        train.save(Path(self.config["out"]), len(self.history), self.config, self.split, self.model)
+        train.save(Path(self.config["out"]), self.config, self.split, self.model, self.history)
         return ArrayRecord(self.model.state_dict()), MetricRecord(means)
 
     def check(self, reply, k):
