@@ -9,7 +9,7 @@ from pathlib import Path
 
 import core  # noqa: F401, first: it makes mistakes one line
 import torch
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -31,46 +31,36 @@ def hello(message, context):
 
 @app.train()
 def train(message, context):
-    """Global weights -> this client's weights after local training, and its loss terms."""
-    config = message.content["config"]
-    if "d_k" in config:  # sent once: the node keeps it
-        context.state["config"] = config
-    if "config" not in context.state:
-        raise ValueError("no d_k here: the node was started anew; the next round sends it")
-    k, device = own_id(context.node_config), pick_device(context.node_config.get("device", "auto"))
-    d_k = torch.tensor(context.state["config"]["d_k"], device=device)
+    """The round's global weights -> this client's weights after local training, and a report."""
+    config, k = message.content["config"], own_id(context.node_config)
+    if k != config["client"]:
+        raise ValueError(f"this node is client {k}, no longer {config['client']}")
+    if "d_k" in config:
+        context.state["kept"] = ConfigRecord({"d_k": config["d_k"]})  # it is sent once
+    if "kept" not in context.state:
+        raise ValueError("a node that was started anew has no d_k: the next round sends it")
+    device = pick_device(context.node_config.get("device", "auto"))
+    d_k = torch.tensor(context.state["kept"]["d_k"], device=device)
     images = own_images(context.node_config, k).to(device)
+    weights = {name: config[name] for name in ("beta", "gamma", "delta")}
 
     def loss(model, batch, k, generator, global_state):
         x1, x2 = two_views(batch, generator)
         (h1, u1), (h2, u2) = model(x1), model(x2)  # BatchNorm sees one view at a time
-        weights = {name: config[name] for name in ("beta", "gamma", "delta")}
         return ssd_loss(h1, u1, h2, u2, d_k, **weights)
 
-    # 2. Send: what arrives are the round's global weights.
+    # 2. Send: what has arrived are the round's global weights.
     model = SSDNet(config["width"]).to(device, memory_format=torch.channels_last)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        config["lr"],
-        config["momentum"],
-        weight_decay=config["weight_decay"],
-    )
+    sgd = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
+    optimizer = torch.optim.SGD(model.parameters(), **sgd)
     # 3. Train locally, on the client's own images alone.
-    terms = train_client(
-        model,
-        optimizer,
-        images,
-        range(len(images)),
-        loss,
-        k,
-        keyed_generator(config["seed"], "client", config["round"], k),
-        config["local_epochs"],
-        config["batch_size"],
-    )
+    rng = keyed_generator(config["seed"], "client", config["round"], k)
+    epochs, batch_size, index = config["local_epochs"], config["batch_size"], range(len(images))
+    terms = train_client(model, optimizer, images, index, loss, k, rng, epochs, batch_size)
     # 4. Return the weights and the sample count.
-    metrics = MetricRecord({**terms, "client": k, "num-examples": len(images)})
-    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
+    report = MetricRecord({**terms, "num-examples": len(images)})
+    content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": report})
     return Message(content, reply_to=message)
 
 

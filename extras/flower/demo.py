@@ -20,17 +20,17 @@ from pathlib import Path
 
 APP = Path(__file__).resolve().parent
 ROOT = APP.parent.parent  # data.py to train.py
+STARTED = []  # every process that is to be ended
 
 
 def prepare(folder, clients):
     """Keys, and the configuration of the flwr command -> the address of the superlink."""
-    keys = ["bash", str(APP / "keys.sh"), str(folder), "127.0.0.1", str(clients)]
+    keys = ["bash", f"{APP}/keys.sh", str(folder), "127.0.0.1", str(clients)]
     subprocess.run(keys, check=True, capture_output=True)
     address = f"127.0.0.1:{free_port()}"
-    (folder / "config.toml").write_text(
-        f'[superlink]\ndefault = "demo"\n[superlink.demo]\naddress = "{address}"\n'
-        f'root-certificates = "{folder}/server.pem"\n'
-    )
+    connection = f'address = "{address}"\nroot-certificates = "{folder}/server.pem"\n'
+    text = f'[superlink]\ndefault = "demo"\n[superlink.demo]\n{connection}'
+    (folder / "config.toml").write_text(text)
     return address
 
 
@@ -41,36 +41,30 @@ def free_port():
 
 
 def environment(folder, path=ROOT):
-    """Flower's state in the folder, the project's files to be found, no telemetry."""
-    return os.environ | {
-        "FLWR_HOME": str(folder),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONPATH": str(path),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+    """Flower's state in the folder, no telemetry, the project's files to be found."""
+    own = {"FLWR_HOME": str(folder), "PYTHONPATH": str(path), "FLWR_TELEMETRY_ENABLED": "0"}
+    own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return os.environ | own | {"FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def start(folder, name, *command, path=ROOT):
     """A process that leads a group of its own and writes folder/name.log."""
+    env = environment(folder, path)
     with open(folder / f"{name}.log", "ab") as log:
-        return subprocess.Popen(
-            command,
-            env=environment(folder, path),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+    STARTED.append(process)
+    return process
 
 
 def start_superlink(folder, address):
     """The server; returns when it listens."""
-    flags = f"--host 127.0.0.1 --port {address.split(':')[1]} --enable-supernode-auth "
+    host, port = address.split(":")
+    flags = f"--host {host} --port {port} --enable-supernode-auth "
     flags += f"--ssl-certfile {folder}/server.pem --ssl-keyfile {folder}/server.key "
     flags += f"--ssl-ca-certfile {folder}/server.pem --disable-runtime-dependency-installation"
     process = start(folder, "superlink", "flower-superlink", *flags.split())
-    while socket.socket().connect_ex(("127.0.0.1", int(address.split(":")[1]))):
+    while socket.socket().connect_ex((host, int(port))):
         if process.poll() is not None:
             raise RuntimeError(f"the superlink has not started: see {folder}/superlink.log")
         time.sleep(0.5)
@@ -91,7 +85,7 @@ def flwr(folder, *command, **options):
 
 
 def end(processes):
-    """End the processes and all that they have started, the last first."""
+    """End the processes and all that they have started."""
     for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
         for process in reversed(processes):
             with contextlib.suppress(ProcessLookupError):
@@ -102,31 +96,32 @@ def end(processes):
 
 
 def main():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.path.insert(0, str(ROOT))
     from data import dirichlet_split, load_dataset
 
     Path("runs").mkdir(exist_ok=True)
-    folder, processes = Path(tempfile.mkdtemp(prefix="flower-", dir="runs")).resolve(), []
+    folder = Path(tempfile.mkdtemp(prefix="flower-", dir="runs")).resolve()
     print(f"keys, logs and Flower's state: {folder}/", flush=True)
     split = dirichlet_split(load_dataset("shapes").train_y, 3, alpha=1.0)
     split_file = folder / "split.json"
-    split_file.write_text(json.dumps({k: part.tolist() for k, part in enumerate(split)}))
+    split_file.write_text(json.dumps([part.tolist() for part in split]))
     try:
         address = prepare(folder, 3)
-        processes.append(start_superlink(folder, address))
+        start_superlink(folder, address)
         for k in range(3):
             flwr(folder, "supernode", "register", f"{folder}/client-{k}.pub", check=True)
             node_config = f'client={k} split="{split_file}" dataset="shapes"'
-            processes.append(start_node(folder, address, f"client-{k}", node_config))
+            start_node(folder, address, f"client-{k}", node_config)
         run_config = "clients=3 rounds=3 local-epochs=1 batch-size=64 lr=0.03 width=16"
         run_config += f' dataset="shapes" split-file="{split_file}"'
         run_configs = [f"--run-config={text}" for text in (run_config, *sys.argv[1:])]
         flwr(folder, "run", str(APP), "--stream", *run_configs)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
         sys.exit(130)
     finally:
-        end(processes)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not stop the end
+        end(STARTED)
 
 
 if __name__ == "__main__":

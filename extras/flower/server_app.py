@@ -5,7 +5,6 @@ an image. It writes the run folder that train.py writes, for eval.py, and goes o
 run config  resume="runs/NAME/last.pt".
 """
 
-import math
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from losses import scaling_vectors
 
 OWN = ("resume", "round-timeout", "node-timeout")  # the run config's other keys are train.py's
 SENT = "beta gamma delta lr momentum weight_decay local_epochs batch_size width seed".split()
+TERMS = ("loss", "align", "uniform", "dsr", "distill")  # what a client reports
 app = ServerApp()
 
 
@@ -63,14 +63,13 @@ class SSD(FedAvg):
     """FedAvg whose clients have ids of their own, each with its d_k, and average_states inside."""
 
     def __init__(self, config, split, model, history, node_timeout, round_timeout):
-        super().__init__(fraction_evaluate=0.0)
+        share, one = config["participation"], {"min_train_nodes": 1, "min_available_nodes": 1}
+        super().__init__(fraction_train=share, fraction_evaluate=0.0, **one)
         self.config, self.split, self.model, self.history = config, split, model, history
         self.node_timeout, self.round_timeout = node_timeout, round_timeout
-        self.d = scaling_vectors(
-            config["clients"], 8 * config["width"], config["scale"], config["seed"]
-        )
-        self.nodes, self.have_d = {}, set()  # client id -> node id; nodes that keep their d_k
-        self.monitor = lambda model: {}
+        d = config["clients"], 8 * config["width"], config["scale"], config["seed"]
+        self.d, self.monitor = scaling_vectors(*d), lambda model: {}
+        self.nodes, self.have_d = {}, set()  # client -> its node; clients whose nodes keep d_k
         if split:  # a demonstration: the server has the labelled data
             data = load_dataset(config["dataset"], config["data_dir"])
             self.monitor = train.make_monitor(config, data, split)
@@ -84,6 +83,7 @@ class SSD(FedAvg):
             time.sleep(1)
         if not self.nodes:
             raise ValueError(f"no node within {self.node_timeout} s: start flower-supernode first")
+        print(f"nodes of client {sorted(self.nodes)} are here", flush=True)
 
     def greet(self, grid):
         """Ask every new node which client it is -> mistakes, a line each."""
@@ -92,98 +92,90 @@ class SSD(FedAvg):
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
         for reply in grid.send_and_receive(questions, timeout=self.node_timeout):
             node = reply.metadata.src_node_id
-            if reply.has_error():
-                mistakes.append(f"node {node}: {reply.error.reason}")
-                continue
-            k = reply.content["metrics"]["client"]
-            if not 0 <= k < self.config["clients"]:
-                mistakes.append(f"node {node} is client {k}, not one of 0 to {len(self.d) - 1}")
-            elif self.nodes.get(k) in online:
-                mistakes.append(f"nodes {self.nodes[k]} and {node} are both client {k}")
-            else:
+            try:
+                k = content_of(reply)["metrics"]["client"]
+                if k not in range(self.config["clients"]):
+                    raise ValueError(f"client {k} is not one of 0 to {self.config['clients'] - 1}")
+                if self.nodes.get(k) in online:
+                    raise ValueError(f"node {self.nodes[k]} is client {k} already")
                 self.nodes[k] = node
+            except Exception as error:  # whatever an unknown node answers
+                mistakes.append(f"node {node}: {error}")
         return mistakes
 
     def configure_train(self, server_round, arrays, config, grid):
         """The round's messages, one for every chosen client that is there."""
         self.began, r = time.time(), len(self.history)
         for mistake in self.greet(grid):
-            print(f"left aside: {mistake}", flush=True)
+            print(f"not let in: {mistake}", flush=True)
         # 1. Choose: the server draws this round's clients.
-        share, generator = (
-            self.config["participation"],
-            keyed_generator(self.config["seed"], "clients", r),
-        )
+        generator = keyed_generator(self.config["seed"], "clients", r)
+        share = self.config["participation"]
         self.clients = choose_clients(self.config["clients"], share, generator)
         # 2. Send: every client starts from the same global weights.
         online, messages = set(grid.get_node_ids()), []
         for k in self.clients:
+            settings = {"client": k, "round": r, **{name: self.config[name] for name in SENT}}
+            if k not in self.have_d:
+                settings["d_k"] = self.d[k].tolist()
+            content = RecordDict({"arrays": arrays, "config": ConfigRecord(settings)})
             if (node := self.nodes.get(k)) in online:
-                settings = {"round": r, **{name: self.config[name] for name in SENT}}
-                if node not in self.have_d:
-                    settings["d_k"] = self.d[k].tolist()
-                content = RecordDict({"arrays": arrays, "config": ConfigRecord(settings)})
-                ttl = self.round_timeout
+                ttl = self.round_timeout  # a node that comes back later does not begin it
                 messages.append(Message(content, node, MessageType.TRAIN, ttl=ttl))
         return messages
 
     def aggregate_train(self, server_round, replies):
         """The clients' answers -> the new global weights; a line of metrics.jsonl, last.pt."""
-        client_of = {node: k for k, node in self.nodes.items()}
-        states, terms, counts, why = {}, {}, {}, {}
+        r, client_of = len(self.history) + 1, {node: k for k, node in self.nodes.items()}
+        states, reports, why = {}, {}, {}
         for reply in replies:
             k = client_of.get(reply.metadata.src_node_id)
             try:
-                states[k], terms[k] = self.check(reply, k)
-                counts[k] = terms[k].pop("num-examples")
-            except (ValueError, KeyError, TypeError) as error:
-                why[k] = str(error)
-        self.have_d = {self.nodes[k] for k in states}
-        left_out = [k for k in self.clients if k not in states]
-        for k in left_out:
-            print(f"left out: client {k}, {why.get(k, 'missing: no answer in time')}", flush=True)
-        if not states:
-            go_on = f'; go on with run config resume="{self.config["out"]}/last.pt"'
-            raise ValueError(
-                f"round {len(self.history) + 1}: no client's answer can be used{go_on}"
-            )
-        # 5. Average: in ascending order of the ids, as train.py does, so the sums are the same.
+                states[k], reports[k] = self.check(content_of(reply))
+            except Exception as error:  # whatever a node answers
+                why[k] = f"refused: {error}"
         kept = sorted(states)
-        state = average_states([states[k] for k in kept], [counts[k] for k in kept])
-        self.model.load_state_dict(state)
-        total = sum(counts.values())
-        means = {
-            name: sum(counts[k] * terms[k][name] for k in kept) / total for name in terms[kept[0]]
+        left_out = [k for k in self.clients if k not in kept]
+        self.have_d = self.have_d.difference(left_out).union(kept)
+        for k in left_out:
+            print(f"round {r}: client {k} left out, {why.get(k, 'no answer')}", flush=True)
+        if not kept:
+            go_on = f'go on with run config resume="{self.config["out"]}/last.pt"'
+            raise ValueError(f"round {r}: no client has an answer that can be used; {go_on}")
+        # 5. Average: in ascending order of the clients, as train.py does, so the sums are equal.
+        weights = [reports[k].pop("num-examples") for k in kept]
+        self.model.load_state_dict(average_states([states[k] for k in kept], weights))
+        terms = {
+            name: sum(n * reports[k][name] for k, n in zip(kept, weights)) / sum(weights)
+            for name in reports[kept[0]]
         }
-        self.history.append(
-            {
-                "round": len(self.history) + 1,
-                "lr": self.config["lr"],
-                "clients": self.clients,
-                "left_out": left_out,
-                "seconds": round(time.time() - self.began, 2),
-                **means,
-                **self.monitor(self.model),
-            }
-        )
+        line = {"round": r, "lr": self.config["lr"], "seconds": time.time() - self.began}
+        line |= {"clients": self.clients, "left_out": left_out}
+        self.history.append({**line, **terms, **self.monitor(self.model)})
         train.save(Path(self.config["out"]), self.config, self.split, self.model, self.history)
-        return ArrayRecord(self.model.state_dict()), MetricRecord(means)
+        return ArrayRecord(self.model.state_dict()), MetricRecord(terms)
 
-    def check(self, reply, k):
-        """An answer -> its state dict and its metrics; ValueError with the reason to refuse it."""
-        if reply.has_error():
-            raise ValueError(reply.error.reason)
-        state = reply.content["arrays"].to_torch_state_dict()
-        metrics = dict(reply.content["metrics"])
+    def check(self, content):
+        """An answer's content -> its state dict and its report; ValueError with what is wrong."""
+        state, report = content["arrays"].to_torch_state_dict(), dict(content["metrics"])
         sent = self.model.state_dict()
-        if metrics.pop("client") != k:
-            raise ValueError("refused: it now says that it is another client")
-        if {name: (value.shape, value.dtype) for name, value in state.items()} != {
-            name: (value.shape, value.dtype) for name, value in sent.items()
-        }:
-            raise ValueError(
-                "refused: its weights have other names, shapes or types than were sent"
-            )
-        if not (math.isfinite(metrics["loss"]) and all(v.isfinite().all() for v in state.values())):
-            raise ValueError("its loss or weights are not finite")
-        return state, metrics
+        if list(map(describe, state.items())) != list(map(describe, sent.items())):
+            raise ValueError("the weights have other names, shapes or types than those sent")
+        numbers = [torch.tensor(float(value)) for value in report.values()]
+        if not all(value.isfinite().all() for value in [*state.values(), *numbers]):
+            raise ValueError("its loss or its weights are not finite")
+        if report.keys() != {"num-examples", *TERMS} or not report["num-examples"] >= 1:
+            raise ValueError(f"its report is {report}")
+        return state, report
+
+
+def describe(entry):
+    """Name, shape and dtype of a state dict's entry."""
+    return entry[0], entry[1].shape, entry[1].dtype
+
+
+def content_of(reply):
+    """A reply's content; ValueError with the reason if the node could not do it."""
+    if reply.has_error():
+        raise ValueError(reply.error.reason)
+    return reply.content
