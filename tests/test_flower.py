@@ -31,6 +31,7 @@ TRAIN = f"--width {WIDTH} --clients {K} --local-epochs 1 --batch-size 16 --lr 0.
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flower")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, ends the processes
     try:
         yield Federation(folder)
     finally:
@@ -159,8 +160,6 @@ def test_same_weights_as_train_py_and_resume(federation):
     assert_equal(federation, "two", "train-2")
     federation.run("more", rounds=3, lr=1.0, resume=f"{federation.folder}/two/last.pt")
     assert_equal(federation, "two", "train-3")
-    evaluation = [sys.executable, str(ROOT / "eval.py"), f"{federation.folder}/two/last.pt"]
-    subprocess.run([*evaluation, "--epochs", "1", "--finetune"], check=True)
 
 
 def assert_equal(federation, one, two):
@@ -209,10 +208,13 @@ def test_answers_that_cannot_be_averaged_are_left_out(federation, tmp_path):
     federation.start_node(0, f'client=0 images="{federation.dataset}/train/3"')
     federation.start_node(1, path=f"{tmp_path}/nan:{ROOT}")
     federation.start_node(2, path=f"{tmp_path}/shapes:{ROOT}")
-    out = federation.run("faulty", rounds=1)
+    out = federation.run("faulty", rounds=1, dataset="federation", split_file="")
     assert [line["left_out"] for line in federation.metrics("faulty")] == [[1, 2]], out
     assert "client 1 left out, refused: its loss or its weights are not finite" in out
     assert "client 2 left out, refused: the weights have other names, shapes or types" in out
+    evaluation = f"eval.py {federation.folder}/faulty/last.pt --epochs 1 --finetune --dataset"
+    command = [sys.executable, *evaluation.split(), str(federation.dataset)]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def test_demo_ends_everything_on_ctrl_c(tmp_path):
