@@ -74,7 +74,7 @@ def own_id(config):
 def own_images(config, k):
     """Node config -> uint8 (n, 3, 32, 32): every image below a folder, or part k of a split."""
     if "split" in config:
-        part = sorted(read_split(config["split"])[k])  # in the order in which train.py has it
+        part = sorted(read_split(config["split"])[k].tolist())  # the order that train.py has
         return load_dataset(config["dataset"]).train_x[part]
     paths = [str(path) for path in sorted(Path(config["images"]).rglob("*"))]
     paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
