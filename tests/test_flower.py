@@ -24,7 +24,7 @@ import demo  # noqa: E402
 
 from data import dirichlet_split, draw_shapes  # noqa: E402
 
-K, WIDTH = 3, int(os.environ.get("FLOWER_WIDTH", 4))
+K, WIDTH = 3, 16
 TRAIN = f"--width {WIDTH} --clients {K} --local-epochs 1 --batch-size 16 --lr 0.03".split()
 
 
