@@ -35,7 +35,8 @@ def main(grid, context):
     parser.error = refuse
     flags = [f"--{key}={value}" for key, value in run_config.items() if value != ""]
     config = {**vars(parser.parse_args(flags)), "amp": False}
-    split, history, model = [], [], train.make_model(config)
+    split, history = [], []
+    model = train.make_model(config).to(memory_format=torch.channels_last)
     if config["split_file"]:
         split = read_split(config["split_file"])
     if resume:  # its settings hold, but for the number of rounds
