@@ -173,7 +173,7 @@ def assert_equal(federation, one, two):
 
 
 def test_a_killed_node_is_missed_and_comes_back(federation):
-    seconds = 10 + 3 * max(line["seconds"] for line in federation.metrics("two"))
+    seconds = 10 + 2 * max(line["seconds"] for line in federation.metrics("two"))
     seen = federation.log("client-2").count("train message")
     federation.start_run("killed", rounds=1000, round_timeout=int(seconds))
     wait_for(lambda: federation.log("client-2").count("train message") > seen)
