@@ -173,9 +173,8 @@ def assert_equal(federation, one, two):
 
 
 def test_a_killed_node_is_missed_and_comes_back(federation):
-    seconds = 10 + 2 * max(line["seconds"] for line in federation.metrics("two"))
     seen = federation.log("client-2").count("train message")
-    federation.start_run("killed", rounds=1000, round_timeout=int(seconds))
+    federation.start_run("killed", rounds=1000)
     wait_for(lambda: federation.log("client-2").count("train message") > seen)
     os.killpg(federation.nodes[2].pid, signal.SIGKILL)
     wait_for(lambda: federation.metrics("killed"))
@@ -192,8 +191,9 @@ def test_a_killed_node_is_missed_and_comes_back(federation):
     demo.flwr(federation.folder, "stop", run, check=True)
 
 
-def test_answers_that_cannot_be_averaged_are_left_out(federation, tmp_path):
+def test_answers_that_cannot_be_averaged_or_do_not_come_are_left_out(federation, tmp_path):
     demo.end(federation.nodes)
+    seconds = 10 + 2 * int(max(line["seconds"] for line in federation.metrics("two")))
     (tmp_path / "nan").mkdir()
     (tmp_path / "nan" / "losses.py").write_text(
         "import torch\n\n\ndef ssd_loss(h, *_, **__):\n    return h.sum() * torch.nan, {}\n"
@@ -205,13 +205,22 @@ def test_answers_that_cannot_be_averaged_are_left_out(federation, tmp_path):
         "lambda self, *a, **b: {**plain(self, *a, **b), 'projector.0.bias': torch.zeros(3)}\n"
         "import torch\n"
     )
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "losses.py").write_text(
+        "import time\n\n\ndef ssd_loss(*_, **__):\n    time.sleep(3600)\n"
+    )
     federation.start_node(0, f'client=0 images="{federation.dataset}/train/3"')
     federation.start_node(1, path=f"{tmp_path}/nan:{ROOT}")
     federation.start_node(2, path=f"{tmp_path}/shapes:{ROOT}")
-    out = federation.run("faulty", rounds=1, dataset="federation", split_file="")
-    assert [line["left_out"] for line in federation.metrics("faulty")] == [[1, 2]], out
+    images = f'images="{federation.dataset}"'
+    federation.start_node(3, f"client=3 {images}", path=f"{tmp_path}/slow:{ROOT}")
+    no_split = {"clients": 4, "dataset": "federation", "split_file": ""}
+    out = federation.run("faulty", rounds=1, round_timeout=seconds, **no_split)
+    assert [line["left_out"] for line in federation.metrics("faulty")] == [[1, 2, 3]], out
     assert "client 1 left out, refused: its loss or its weights are not finite" in out
     assert "client 2 left out, refused: the weights have other names, shapes or types" in out
+    assert "client 3 left out, no answer" in out
+    assert federation.metrics("faulty")[0]["seconds"] < seconds + 30
     evaluation = f"eval.py {federation.folder}/faulty/last.pt --epochs 1 --finetune --dataset"
     command = [sys.executable, *evaluation.split(), str(federation.dataset)]
     subprocess.run(command, cwd=ROOT, check=True)
