@@ -70,7 +70,7 @@ class SSD(FedAvg):
         self.node_timeout, self.round_timeout = node_timeout, round_timeout
         d = config["clients"], 8 * config["width"], config["scale"], config["seed"]
         self.d, self.monitor = scaling_vectors(*d), lambda model: {}
-        self.nodes, self.have_d = {}, set()  # client -> its node; clients whose nodes keep d_k
+        self.nodes, self.have_d = {}, set()  # client -> its node; clients whose node keeps d_k
         if split:  # a demonstration: the server has the labelled data
             data = load_dataset(config["dataset"], config["data_dir"])
             self.monitor = train.make_monitor(config, data, split)
@@ -100,6 +100,7 @@ class SSD(FedAvg):
                 if self.nodes.get(k) in online:
                     raise ValueError(f"node {self.nodes[k]} is client {k} already")
                 self.nodes[k] = node
+                self.have_d.discard(k)
             except Exception as error:  # whatever an unknown node answers
                 mistakes.append(f"node {node}: {error}")
         return mistakes
