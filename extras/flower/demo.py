@@ -1,6 +1,6 @@
 """A federation on one machine: a superlink, three supernodes, a run; then all of it ends.
 
-    python extras/flower/demo.py                # shapes, three clients: about two minutes
+    python extras/flower/demo.py                # shapes, three clients, three rounds
     python extras/flower/demo.py 'rounds=10'    # other values of the run config
 
 As between machines, TLS is on and every node has a registered key. A new folder runs/flower-*/
