@@ -220,7 +220,7 @@ def make_monitor(config, data, split):
 def open_run(config, split, model, device):
     """Make the run folder, whole or not at all, with a checkpoint of the untrained network."""
     if config["out"] is None:
-        name = f"{Path(config['dataset']).name}-{config['method']}-k{len(split)}"
+        name = f"{Path(config['dataset']).name}-{config['method']}-k{config['clients']}"
         name = f"runs/{name}-seed{config['seed']}"
         names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
         config["out"] = next(out for out in names if not Path(out).exists())
