@@ -106,9 +106,9 @@ def _load_tinyimagenet(root):
     lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
     names, wnids = zip(*(line.split("\t")[:2] for line in lines))
     return Images(
-        _read_images([path for path, _ in train.samples]),
+        read_images([path for path, _ in train.samples]),
         torch.tensor(train.targets),
-        _read_images([folder / "val" / "images" / name for name in names]),
+        read_images([folder / "val" / "images" / name for name in names]),
         torch.tensor([train.class_to_idx[w] for w in wnids]),
         train.classes,
     )
@@ -127,15 +127,16 @@ def _load_folder(root):
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: train/ and {test_dir.name}/ differ in their classes: {odd[:5]}")
     return Images(
-        _read_images([path for path, _ in train.samples]),
+        read_images([path for path, _ in train.samples]),
         torch.tensor(train.targets),
-        _read_images([path for path, _ in test.samples]),
+        read_images([path for path, _ in test.samples]),
         torch.tensor(test.targets),
         train.classes,
     )
 
 
-def _read_images(paths):
+def read_images(paths):
+    """Image files of any size and mode -> uint8 (N, 3, 32, 32); ValueError for one that is none."""
     return torch.stack([_read_image(str(path)) for path in paths])
 
 

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import _read_images, load_dataset, read_split, two_views
+from data import read_images, load_dataset, read_split, two_views
 from eval import pick_device
 from federated import keyed_generator, train_client
 from losses import ssd_loss
@@ -80,4 +80,4 @@ def own_images(config, k):
     paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
     if len(paths) < 2:
         raise ValueError(f"{config['images']} has {len(paths)} images, a client needs 2 at least")
-    return _read_images(paths)
+    return read_images(paths)
