@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import read_images, load_dataset, read_split, two_views
+from data import load_dataset, read_images, read_split, two_views
 from eval import pick_device
 from federated import keyed_generator, train_client
 from losses import ssd_loss
