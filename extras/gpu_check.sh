@@ -30,7 +30,7 @@ part() {  # name, seconds, lines to show, command
 
 new_run=(python3 train.py --dataset "$DATASET" --clients 10 --alpha 0.1 --device "$DEVICE" $FLAGS)
 if [ "${1:-}" = continue ]; then
-    part run 600 3 python3 train.py --resume "$RUN/last.pt" --device "$DEVICE"
+    part run 600 3 python3 train.py --resume "$RUN/last.pt" --rounds "$ROUNDS" --device "$DEVICE"
 else
     part tests 180 12 python3 -m pytest -q --durations 5 tests/test_step.py -k "$TESTS"
     part bench 170 40 python3 extras/bench.py --device "$DEVICE" $BENCH
