@@ -143,8 +143,8 @@ def train_client(
         order = order.to(samples.device, non_blocking=True)
         for i in range(max(1, len(order) // batch_size)):
             batch = samples[order[i * batch_size : (i + 1) * batch_size]]
-            optimizer.zero_grad()  # first: a CUDA graph's forward overwrites the last gradients
             value, terms = loss(model, batch, k, generator, global_state)
+            optimizer.zero_grad()
             value.backward()
             optimizer.step()
             for name, term in {"loss": value.detach(), **terms}.items():
