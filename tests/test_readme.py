@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 RESULTS = (ROOT / "extras/RESULTS.md").read_text()
 COMMANDS = re.findall(r"python ((?:extras/)?\w+\.py -?[^#`\n]*)", README + RESULTS)
-CORE = {"losses": [], "model": [], "data": [], "federated": [], "eval": ["data", "model"]}
+DEMONSTRATIONS = {"losses.py", "model.py", "data.py", "federated.py"}
 SCRIPTS = {
     "train.py": train,
     "mine.py": train,  # the README's example
@@ -80,7 +80,7 @@ def test_every_command_has_flags_that_exist(command, monkeypatch):
         raise Parsed
 
     script, *flags = shlex.split(command)
-    if script.removesuffix(".py") in CORE and script != "eval.py":
+    if script in DEMONSTRATIONS:
         assert not flags  # a demonstration
         return
     monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -122,18 +122,6 @@ def test_the_example_of_a_new_method_trains(tmp_path):
     assert len(block("mine.py").splitlines()) <= 30 and (tmp_path / "runs/mine/last.pt").exists()
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_the_example_of_a_copied_file_works(name, tmp_path):
-    """Alone in a folder, but for what it says that it needs."""
-    for file in (name, *CORE[name]):
-        (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
-    code = f"import doctest, {name}; print(doctest.testmod({name}))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert re.fullmatch(r"TestResults\(failed=0, attempted=[3-9].*\)\n", done.stdout), done
-
-
 def test_the_tables_of_results_are_those_of_their_runs():
     """assets/*.jsonl are study.py's scores.jsonl: a line a run. All are shown, as they are."""
     shown = set(re.findall(r"<!-- assets/(\w.*\.jsonl) -->", RESULTS))
@@ -160,20 +148,29 @@ def test_the_readme_is_read_to_the_end():
 
 
 @pytest.mark.parametrize(
-    "name, shown",
+    "name, needs, shown",
     [
-        ("losses", "step 5: inter-client -L_uniform 1.787"),
-        ("federated", "round 6: w = 2.9531"),  # 3 (1 - 2^-6)
-        ("model", "encoder 11.17 M, projector 2.10 M"),
-        ("data", "all" + 10 * "      500" + "    5000"),
+        ("losses", [], "step 5: inter-client -L_uniform 1.787"),
+        ("federated", [], "round 6: w = 2.9531"),  # 3 (1 - 2^-6)
+        ("model", [], "encoder 11.17 M, projector 2.10 M"),
+        ("data", [], "all" + 10 * "      500" + "    5000"),
+        ("eval", ["data", "model"], None),  # a script, no demonstration
     ],
 )
-def test_a_demonstration_runs_alone_in_an_empty_folder(name, shown, tmp_path):
-    assert f"`python {name}.py`" in README
-    (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    command = [sys.executable, f"{name}.py"]
+def test_a_copied_file_works_alone_its_example_and_its_demonstration(name, needs, shown, tmp_path):
+    """In a folder with nothing but what it says that it needs, and without a warning."""
+    for file in (name, *needs):
+        (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
+    code = f"import doctest, runpy, {name}; print(doctest.testmod({name}))"
+    code += f"; runpy.run_path('{name}.py', run_name='__main__')" * bool(shown)
+    strict = [f"-Werror::{kind}Warning" for kind in ("Deprecation", "Future", "User")]
+    command = [sys.executable, *strict, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and shown in done.stdout, done
+    assert re.match(r"TestResults\(failed=0, attempted=[3-9]", done.stdout), done
+    assert done.returncode == 0 and done.stderr == "", done
+    if shown:
+        assert f"`python {name}.py`" in README
+        assert shown in done.stdout and len(done.stdout.splitlines()) >= 4
 
 
 def anchors(page):

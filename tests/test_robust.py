@@ -1,6 +1,6 @@
 """A run cannot be lost: kills, signals, full disks, and processes that die. Scripts run for real.
 
-KILLS=20 python -m pytest tests/test_robust.py     # the long form, by default 3 kills
+KILLS=20 python -m pytest tests/test_robust.py     # the long form, by default 2 kills
 """
 
 import json
@@ -18,7 +18,7 @@ import pytest
 from eval import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 FLAGS = "--dataset shapes --width 4 --batch-size 16 --clients 4 --alpha 1".split()
 FLAGS += "--local-epochs 1 --device cpu --no-amp".split()
 
