@@ -240,12 +240,15 @@ def pick_device(name="auto"):
 
 
 def bf16_is_fast(device):
-    """Whether bfloat16 autocast pays: CUDA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    """Whether bfloat16 autocast pays: CUDA from Ampere on, CPUs with AMX, AMD's with AVX512-BF16.
+
+    On an Intel Xeon with AVX512-BF16 and without AMX a step takes 1.3 times as long in bfloat16.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "amx_bf16" in text or ("avx512_bf16" in text and "AuthenticAMD" in text)
 
 
 class OneLineParser(argparse.ArgumentParser):
