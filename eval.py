@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import crop, draw_params, load_dataset, two_views
+from data import crop, draw_params, load_dataset, pack, two_views, unpack
 from model import SSDNet
 
 # ---------------------------------------------------------------------------- measures
@@ -115,10 +115,9 @@ def fine_tune(
     for _ in range(epochs):
         order = torch.randperm(len(train_x), generator=generator).to(device)
         for batch in order.split(batch_size):
-            views = draw_params(len(batch), *train_x.shape[2:], generator, scale=(0.64, 1.0))
-            x = crop(
-                train_x[batch].float() / 255, views["box"].to(device), views["flip"].to(device)
-            )
+            drawn = draw_params(len(batch), *train_x.shape[2:], generator, scale=(0.64, 1.0))
+            views = unpack(pack(drawn, device))
+            x = crop(train_x[batch].float() / 255, views["box"], views["flip"])
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 h = model.encoder(x)
             optimizer.zero_grad()
