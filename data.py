@@ -259,11 +259,12 @@ def read_split(path):
     """
     try:
         parts = json.loads(Path(path).read_text())
-        parts = list(parts.values()) if isinstance(parts, dict) else parts
+        if isinstance(parts, dict):
+            parts = [parts[str(k)] for k in range(len(parts))]
         if not all(type(index) is int for part in parts for index in part):
             raise TypeError
         return [np.array(part, dtype=np.int64) for part in parts]
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"split file {path} must be JSON, a list of lists of indices") from error
 
 

@@ -4,8 +4,8 @@
 
 The local loss, the choice of clients and the rule of averaging are arguments: another method needs
 no edit here. One worker model and one optimiser serve every client in turn, and FedAvg needs a sum
-only, so memory does not grow with their number. A client sends its weights and its sample count,
-nothing else.
+only, so memory does not grow with their number. A client sends its weights, its sample count and,
+to be shown, its loss terms.
 Needs torch; copies into another project as it is. There:
 
     >>> def loss(model, batch, *_): return (model(batch) - 1).square().mean(), {}

@@ -84,7 +84,7 @@ def dsr_loss(z, d_k, on_sphere=True):
     on_sphere=True, what training uses: target = z * d_k / ||z * d_k||; loss in [0, 4].
     on_sphere=False: target = z * d_k, the formula as the paper prints it. With its gamma 1 and
     scale a = 10 the gradient on a client's own dimensions is -2 (a - 1) z / B = -18 z / B, drowns
-    the other terms, and the encoder ends below an untrained one (README, Results).
+    the other terms, and the encoder ends below an untrained one (README, The method).
     d_k (D,). The gradient for z is 2 (z - target) / B: nothing flows through the target.
     """
     if z.ndim != 2 or d_k.shape != z.shape[1:]:

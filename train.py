@@ -288,7 +288,6 @@ def make_progress(loss, config, split, history):
     20 steps are done. Only the clock is read: no step waits for the device.
     """
     steps = [config["local_epochs"] * max(1, len(part) // config["batch_size"]) for part in split]
-    a_round = config["participation"] * sum(steps) / processes()[1]  # steps, on average
     client, done, of = "", 0, 0  # steps of this round
     count, start, shown = 0, 0.0, 0.0  # steps since the start, seconds
 
@@ -306,7 +305,7 @@ def make_progress(loss, config, split, history):
         if due:
             shown, a_step = time.time(), (time.time() - start) / (count - 1)
             rounds = config["rounds"] - len(history) - 1
-            left, all_left = (of - done) * a_step, (of - done + a_round * rounds) * a_step
+            left, all_left = (of - done) * a_step, (of - done + of * rounds) * a_step
             if TERMINAL:
                 line = f"{CLEAR}{client}, step {done} of {of}, left: {span(left)} of the round, "
                 print(f"{line}{span(all_left)} of the run", end="", file=sys.stderr, flush=True)
@@ -404,6 +403,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
             folder = Path(config["out"]) if checkpoint else open_run(config, split, model, device)
             write_metrics(folder, history)  # a kill may have come between it and last.pt
             wait_for_all()
+        folder = folder or Path("runs")  # elsewhere: training has begun
         sizes = [len(part) for part in split]
         print(
             f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(split)} "
@@ -437,13 +437,15 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_me
             )
         if not rank:
             untrained = make_model(config).to(device, memory_format=torch.channels_last)
+            more = f"{folder}/last.pt --rounds {2 * config['rounds'] or 10}"
             print(f"""
 kNN {monitor(model)["knn"]:.1f} %, of the untrained encoder {monitor(untrained)["knn"]:.1f} % \
 ({min(MONITOR_TEST, len(data.test_y)):,} test images)
 run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
 next: python eval.py {folder}/last.pt
-      (linear probe, fine-tuning, kNN, uniformity, effective rank: on all images)
-      python {parser.prog} --resume {folder}/last.pt --rounds {2 * config["rounds"] or 10}""")
+      (linear probe, fine-tuning, kNN, uniformity, effective rank: on all images)""")
+            if "lr" not in options:  # a schedule is that of its rounds
+                print(f"      python {parser.prog} --resume {more}")
     except (KeyboardInterrupt, ValueError, ArithmeticError, OSError, RuntimeError) as error:
         leave(error, folder, parser)
     if dist.is_initialized():

@@ -273,8 +273,8 @@ def main():
         Row("per-sample transforms, 4 workers", args, device, loader=True, **plain),
         Row("views on the device, batched", args, device, **plain),
         Row("+ channels-last", args, device, amp=False),
-        Row("+ bfloat16 autocast", args, device, amp=amp),
-        Row("+ no wait, fused SGD: ours", args, device, amp=amp, sync=False),
+        Row("+ bfloat16 autocast", args, device, amp=True),
+        Row("+ no wait" + ", float32" * (not amp) + ": ours", args, device, amp=amp, sync=False),
     ]
     ours = rows[-1]
     if cuda or not args.quick:

@@ -45,6 +45,7 @@ COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "eff. rank h": ("effective_rank_h", 1, 1),
     "s/round": ("seconds_per_round", 1, 1),
 }
+KEPT = ("rounds", "device", "data-dir")  # what a resumed run does not take from its checkpoint
 TABLES = {
     "accuracy": ["LP %", "FT 1 %", "FT 10 %", "kNN %", "s/round"],
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
@@ -89,7 +90,8 @@ def train_one(script, flags, folder):
                 )
         if len(checkpoint["history"]) == asked["rounds"]:
             return
-        flags = ["--resume", str(last), "--rounds", str(asked["rounds"])]
+        flags = ["--resume", str(last)]
+        flags += [f"--{name}={asked[name.replace('-', '_')]}" for name in KEPT]
     subprocess.run([sys.executable, ROOT / script, *flags], check=True)
 
 

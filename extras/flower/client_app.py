@@ -66,7 +66,8 @@ def train(message, context):
 
 def own_id(config):
     """Node config -> the client's id; ValueError without one, or with no place to find images."""
-    if type(config.get("client")) is not int or ("images" in config) == ("split" in config):
+    source = config.keys() & {"images", "split", "dataset"}
+    if type(config.get("client")) is not int or source not in ({"images"}, {"split", "dataset"}):
         raise ValueError(f'--node-config must be  client=ID images="FOLDER", not {dict(config)}')
     return config["client"]
 

@@ -116,9 +116,11 @@ def main():
         run_config = "clients=3 rounds=3 local-epochs=1 batch-size=64 lr=0.03 width=16"
         run_config += f' dataset="shapes" split-file="{split_file}"'
         run_configs = [f"--run-config={text}" for text in (run_config, *sys.argv[1:])]
-        flwr(folder, "run", str(APP), "--stream", *run_configs)
+        flwr(folder, "run", str(APP), "--stream", *run_configs, check=True)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        sys.exit(f"demo.py: {error}; is flwr installed, and openssl and ssh-keygen?")
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not stop the end
         end(STARTED)

@@ -5,6 +5,7 @@
 # server.pem goes to every node and user, client-K to node K alone, client-K.pub is registered.
 set -euo pipefail
 umask 077
+[ ! -e "$1/server.key" ] || { echo "$1 has keys already: choose another folder" >&2; exit 2; }
 mkdir -p "$1"
 cd "$1"
 [[ $2 =~ ^[0-9.]+$ ]] && name="IP:$2" || name="DNS:$2"
