@@ -44,6 +44,7 @@ def environment(folder, path=ROOT):
     """Flower's state in the folder, no telemetry, the project's files to be found."""
     own = {"FLWR_HOME": str(folder), "PYTHONPATH": str(path), "FLWR_TELEMETRY_ENABLED": "0"}
     own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    own |= {"OMP_NUM_THREADS": "1"}  # the nodes share this machine's cores
     return os.environ | own | {"FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
