@@ -31,7 +31,6 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 
-DATASETS = ("cifar10", "cifar100", "tinyimagenet", "shapes")
 TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINYIMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
@@ -65,7 +64,7 @@ def load_dataset(name, root="data"):
         return _load_tinyimagenet(Path(root))
     if Path(name).is_dir():
         return _load_folder(Path(name))
-    known = ", ".join(DATASETS)
+    known = "cifar10, cifar100, tinyimagenet, shapes"
     raise FileNotFoundError(f"data set {name!r} is neither a folder nor one of {known}")
 
 
@@ -157,18 +156,7 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
     Every image has four objects of its class on a cluttered background. Colour, size, place and
     rotation are drawn independently of the class: only the outline tells it.
     """
-    names = [
-        "disk",
-        "ring",
-        "square",
-        "triangle",
-        "star",
-        "cross",
-        "bar",
-        "half-disk",
-        "crescent",
-        "two-disks",
-    ]
+    names = "disk ring square triangle star cross bar half-disk crescent two-disks".split()
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(num_train + num_test) % len(names)
     x = torch.cat([_draw_batch(part, generator) for part in y.split(500)])
@@ -268,10 +256,11 @@ def read_split(path):
         raise ValueError(f"split file {path} must be JSON, a list of lists of indices") from error
 
 
-def check_split(split, pool, source):
+def check_split(split, pool, num_clients, source):
     """The split, each client's indices sorted int64; ValueError unless it is a partition of `pool`.
 
-    split: K index sequences, two or more each; pool (N,) distinct indices; source: named in errors.
+    split: K index sequences, two or more each; pool (N,) distinct indices; num_clients: K, or None
+    for any; source: named in errors.
     """
     split = [np.sort(np.asarray(part)) for part in split]
     if not split or min(map(len, split)) < 2:
@@ -287,6 +276,8 @@ def check_split(split, pool, source):
                 f"{source} {what} image {which[0]} ({len(which)} such): it must be a "
                 f"partition of the {len(pool)} training images"
             )
+    if num_clients not in (None, len(split)):
+        raise ValueError(f"--clients {num_clients}: {source} has {len(split)}")
     return split
 
 
@@ -303,10 +294,17 @@ def two_views(images, generator, scale=(0.08, 1.0)):
     sample has its own parameters, drawn from `generator` (on the CPU, so that every device
     sees the same views).
     """
-    both = images.repeat(2, 1, 1, 1)
-    n, _, height, width = both.shape
-    packed = pack(draw_params(n, height, width, generator, scale), images.device)
-    return augment(both, unpack(packed)).chunk(2)
+    return make_views(images, draw_views(images, generator, scale))
+
+
+def draw_views(images, generator, scale=(0.08, 1.0)):
+    """The random half of `two_views`: parameters, float32 (2B, 16), on the images' device."""
+    return pack(draw_params(2 * len(images), *images.shape[2:], generator, scale), images.device)
+
+
+def make_views(images, packed):
+    """The other half of `two_views`, which nothing random is in: it compiles as one graph."""
+    return augment(images.repeat(2, 1, 1, 1), unpack(packed)).chunk(2)
 
 
 def draw_params(n, height, width, generator, scale=(0.08, 1.0)):

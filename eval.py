@@ -23,14 +23,19 @@ Needs data.py and model.py beside it. In another project:
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
+import platform
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from data import crop, draw_params, load_dataset, pack, two_views, unpack
 from model import SSDNet
@@ -105,11 +110,8 @@ def fine_tune(
     amp = bf16_is_fast(device) if amp is None else amp
     model, train_x, train_y = copy.deepcopy(model), train_x.to(device), train_y.to(device)
     head = _zero_head(encode(model, test_x[:1])[0], train_y)
-    optimizer = torch.optim.SGD(
-        [{"params": model.encoder.parameters()}, {"params": head.parameters(), "lr": head_lr}],
-        lr,
-        momentum=0.9,
-    )
+    groups = [{"params": model.encoder.parameters()}, {"params": head.parameters(), "lr": head_lr}]
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
@@ -280,6 +282,66 @@ def number(kind, low=None, high=math.inf, above=None):
     return parse
 
 
+def open_run(config, split, model):
+    """Make a run folder, whole or not at all, with a checkpoint of the untrained network."""
+    if config["out"] is None:
+        name = f"{Path(config['dataset']).name}-{config['method']}-k{config['clients']}"
+        name = f"runs/{name}-seed{config['seed']}"
+        names = [name] + [f"{name}-{i}" for i in range(2, 1000)]
+        config["out"] = next(out for out in names if not Path(out).exists())
+    folder, device = Path(config["out"]), next(model.parameters()).device
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: choose another --out, or --resume its last.pt")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {module.__name__: module.__version__ for module in (np, torch, torchvision)}
+    record = {
+        **config,
+        "versions": {"python": platform.python_version(), **versions},
+        "device_name": f"{device} {name}",
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+    clients = {k: part.tolist() for k, part in enumerate(split)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as parent:
+        unfinished = Path(parent) / "run"
+        unfinished.mkdir()
+        write_whole(unfinished / "config.json", json.dumps(record, indent=1).encode())
+        write_whole(unfinished / "split.json", json.dumps(clients).encode())
+        save_checkpoint(unfinished, config, split, model, [])
+        unfinished.replace(folder)
+    return folder
+
+
+def save_checkpoint(folder, config, split, model, history):
+    """Write metrics.jsonl, a line a round, then last.pt, all that --resume and eval.py need.
+
+    Weights and rounds done are enough to go on exactly: every client begins with a fresh optimiser,
+    and all random numbers are keyed by seed, round and client.
+    """
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    state = {"config": {**config, "resume": None}, "history": history}
+    state["split"] = [torch.from_numpy(part) for part in split]
+    state["model"] = {name: value.cpu() for name, value in model.state_dict().items()}
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(folder / "metrics.jsonl", lines.encode())
+    write_whole(folder / "last.pt", content.getvalue())
+
+
+def write_whole(path, content):
+    """Write a file completely or not at all: beside it, out to the disk, then into its place."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
 
@@ -339,15 +401,8 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
     }
     for fraction in fractions:
         some = stratified(data.train_y, fraction, seed)
-        scores[f"finetune_{fraction:g}"] = fine_tune(
-            model,
-            data.train_x[some],
-            data.train_y[some],
-            data.test_x,
-            data.test_y,
-            epochs,
-            seed=seed,
-        )
+        four = data.train_x[some], data.train_y[some], data.test_x, data.test_y
+        scores[f"finetune_{fraction:g}"] = fine_tune(model, *four, epochs, seed=seed)
     for part, test, one, two in (("h", test_h, h1, h2), ("z", test_u, u1, u2)):
         scores[f"uniformity_{part}"] = uniformity(test)
         scores[f"alignment_{part}"] = alignment(one, two)

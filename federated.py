@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 
 def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=None, **options):
-    """Rounds start .. rounds - 1: after each yield its number and `federated_round`'s report.
+    """Yield (r, `federated_round`'s report) after each round r = start .. rounds - 1.
 
     lr: a schedule, the round's number r -> its learning rate; without it the optimiser's own.
     """
@@ -55,16 +55,17 @@ def federated_round(
     """Round r; the model holds the global weights before and after.
 
     model, optimizer  the worker that plays every client in turn
-    samples (N, ...)  of all clients, on the model's device; split[k]: the indices of client k's
+    samples (N, ...)  of all clients, on the model's device
+    split             split[k]: indices of client k's samples
     loss              (model, batch, k, generator, global_state) -> scalar to minimise, dict of
-                      scalars to report; global_state: the round's global weights, to read only
+                      detached scalars to report; global_state: the round's, to read only
     choose            (num_clients, participation, generator) -> ids; default `choose_clients`
-    average           (states, weights, global_state, r) -> state dict, of all clients' states
-                      and sample counts, two lists; default FedAvg, which keeps only a sum
+    average           (states, weights, global_state, r) -> state dict; states and weights, which
+                      are sample counts: one a client; default FedAvg, which keeps only a sum
     progress          (k, mine), called before client k of `mine`, this process's clients, trains
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
-    weighted by samples}}. A client whose loss or weights are not finite is left out of both
-    means; FloatingPointError if all are. Under torch.distributed the processes share the clients.
+    weighted by samples}}. A client whose loss or weights are not finite is left out of all means;
+    FloatingPointError if all are. Under torch.distributed the processes share the clients.
     """
     if dist.is_initialized() and average:
         raise ValueError("a rule of averaging of your own needs all states: run one process")
@@ -132,7 +133,7 @@ def train_client(
 ):
     """Local training in place on samples[index]; returns every term's mean over the steps, floats.
 
-    Batches are full: what is left at an epoch's end waits for the next shuffle, as usual in
+    Batches are full: what is left at an epoch's end is dropped, as usual in
     self-supervised learning, where the loss depends on the batch size. A client with fewer than
     batch_size samples takes one step an epoch on all it has.
     """

@@ -313,9 +313,9 @@ def make_model(config):
     return model
 
 
-def make_method(config, images, split):
-    """The method as keyword arguments of `federated.train_federated`."""
-    name, method = config["method"], train.make_method(config, images, split)
+def make_options(config, images, split):
+    """What differs from SSD, as keyword arguments of `federated.train_federated`."""
+    name, method = config["method"], {}
     if name in LOSSES:
         for weight in ("gamma", "delta", *(["beta"] if name == "fedx" else [])):
             if config[weight] != (weight == "beta"):
@@ -402,7 +402,7 @@ def make_loss(config, images, split):
 
 def main(argv=None):
     """train.py's main with these methods."""
-    train.main(argv, build_parser(), METHODS, make_model, make_method)
+    train.main(argv, build_parser(), METHODS, make_model, make_options)
 
 
 if __name__ == "__main__":

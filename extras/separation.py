@@ -38,7 +38,7 @@ from eval import (  # noqa: E402
 )
 from federated import average_states, copy_state, keyed_generator, train_client  # noqa: E402
 from losses import hard_separation, scaling_vectors  # noqa: E402
-from train import METHODS  # noqa: E402
+from train import METHODS, make_loss  # noqa: E402
 
 VALUES = {  # key of a line: heading
     "total": "−L_uniform",
@@ -51,7 +51,8 @@ VALUES = {  # key of a line: heading
 
 def local_states(model, config, images, split, rounds, epochs):
     """Each client's state dict after `epochs` epochs from the model's weights, as in a round."""
-    loss = baselines.make_method({"client": None, **config}, images, split)["loss"]
+    own = baselines.make_options({"client": None, **config}, images, split)
+    loss = own.get("loss") or make_loss(config, len(split), images.device)
     start, states = copy_state(model), []
     rates = {"lr": config["lr"], "momentum": config["momentum"]}
     for k, index in enumerate(split):

@@ -53,7 +53,7 @@ def method_of(name, images, split, *flags):
     """The config of a method and what its script hands to federated.py."""
     flags = [*SMALL, "--method", name, *flags]
     config, _ = train.read_config(baselines.build_parser(), flags, baselines.METHODS)
-    return config, baselines.make_method(config, images, split)
+    return config, baselines.make_options(config, images, split)
 
 
 # ---------------------------------------------------------------------------- FedDecorr

@@ -25,7 +25,7 @@ import bench
 
 import eval as evaluation
 import train
-from data import draw_params, two_views
+from data import augment, draw_params, two_views
 from federated import federated_round, flatten, keyed_generator, train_client
 from losses import align_loss, distill_loss, dsr_loss, scaling_vectors, ssd_loss, uniform_loss
 from model import SSDNet
@@ -183,7 +183,7 @@ def graphs(monkeypatch):
 
     backend = aot_autograd(fw_compiler=compiler, keep_inference_input_mutations=True)
     counter.flags = compile_by(monkeypatch, backend)
-    monkeypatch.setattr(train, "draw_params", not_counted(draw_params))  # always on the CPU
+    monkeypatch.setattr("data.draw_params", not_counted(draw_params))  # always on the CPU
     return counter
 
 
@@ -325,7 +325,7 @@ def fake(monkeypatch):
                 params = draw_params(*arguments)
             return {name: mode.from_tensor(value) for name, value in params.items()}
 
-        monkeypatch.setattr(train, "draw_params", drawn)
+        monkeypatch.setattr("data.draw_params", drawn)
         with torch.device("cuda"):
             waits.net = SSDNet(2)
             waits.images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
@@ -397,8 +397,7 @@ def test_a_wait_or_a_wrong_device_would_be_seen(fake, fault, where, monkeypatch)
     """Each fault once in each place: what is asked for is something else, or it does not run."""
     wrong = FAULTS[fault]
     if where == "views":
-        augment = train.augment
-        monkeypatch.setattr(train, "augment", lambda *both: wrong(augment(*both)))
+        monkeypatch.setattr("data.augment", lambda *both: wrong(augment(*both)))
     elif where == "losses":
         normalize = F.normalize
         monkeypatch.setattr(F, "normalize", lambda x, **dim: wrong(normalize(x, **dim)))

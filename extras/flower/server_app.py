@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import train
 from data import load_dataset, read_split
-from eval import load_checkpoint
+from eval import load_checkpoint, open_run, save_checkpoint
 from federated import average_states, choose_clients, keyed_generator
 from losses import scaling_vectors
 
@@ -49,7 +49,7 @@ def main(grid, context):
     strategy = SSD(config, split, model, history, node_timeout, round_timeout)
     strategy.wait_for_nodes(grid)
     if not resume:
-        train.open_run(config, split, model, torch.device("cpu"))
+        open_run(config, split, model)
     arrays = ArrayRecord(model.state_dict())
     strategy.start(grid, arrays, config["rounds"] - len(history), timeout=round_timeout)
     print(f"run folder {config['out']}/  next: python eval.py {config['out']}/last.pt", flush=True)
@@ -154,7 +154,7 @@ class SSD(FedAvg):
         line = {"round": r, "lr": self.config["lr"], "seconds": time.time() - self.began}
         line |= {"clients": self.clients, "left_out": left_out}
         self.history.append({**line, **terms, **self.monitor(self.model)})
-        train.save(Path(self.config["out"]), self.config, self.split, self.model, self.history)
+        save_checkpoint(Path(self.config["out"]), self.config, self.split, self.model, self.history)
         return ArrayRecord(self.model.state_dict()), MetricRecord(terms)
 
     def check(self, content):
