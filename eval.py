@@ -8,6 +8,7 @@
     effective_rank     exp(entropy of the normalised singular values)           [1, D]
 
 A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
+Below the measures stands what train.py needs too: device, flags, run folder, checkpoint.
 Needs data.py and model.py beside it. In another project:
 
     >>> h, y = torch.eye(10).repeat(20, 1), torch.arange(10).repeat(20)     # your features, labels
@@ -218,7 +219,7 @@ def encode(model, images, amp=None):
     return tuple(torch.cat(part) for part in zip(*features))
 
 
-# ---------------------------------------------------------------------------- for all scripts
+# ---------------------------------------------------------------------------- device, flags, runs
 
 
 def pick_device(name="auto"):
