@@ -105,7 +105,7 @@ def _load_tinyimagenet(root):
     lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
     names, wnids = zip(*(line.split("\t")[:2] for line in lines))
     return Images(
-        read_images([path for path, _ in train.samples]),
+        read_images(path for path, _ in train.samples),
         torch.tensor(train.targets),
         read_images([folder / "val" / "images" / name for name in names]),
         torch.tensor([train.class_to_idx[w] for w in wnids]),
@@ -125,29 +125,24 @@ def _load_folder(root):
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: train/ and {test_dir.name}/ differ in their classes: {odd[:5]}")
-    return Images(
-        read_images([path for path, _ in train.samples]),
-        torch.tensor(train.targets),
-        read_images([path for path, _ in test.samples]),
-        torch.tensor(test.targets),
-        train.classes,
-    )
+    train_x, test_x = (read_images(path for path, _ in part.samples) for part in (train, test))
+    train_y, test_y = (torch.tensor(part.targets) for part in (train, test))
+    return Images(train_x, train_y, test_x, test_y, train.classes)
 
 
 def read_images(paths):
-    """Image files of any size and mode -> uint8 (N, 3, 32, 32); ValueError for one that is none."""
-    return torch.stack([_read_image(str(path)) for path in paths])
+    """Image files of any size and mode -> uint8 (N, 3, 32, 32); ValueError for one that is none.
 
-
-def _read_image(path, size=32):
-    """Any image file -> uint8 (3, size, size): short side resized, centre cropped."""
-    try:
-        image = torchvision.datasets.folder.pil_loader(path)
-        if image.size != (size, size):
-            image = TF.center_crop(TF.resize(image, size), size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    except Exception as error:
-        raise ValueError(f"{path} does not decode as an image: remove or replace it") from error
+    The short side is resized, the centre is cropped.
+    """
+    images = []
+    for path in paths:
+        try:
+            image = torchvision.datasets.folder.pil_loader(str(path))
+            images.append(TF.pil_to_tensor(TF.center_crop(TF.resize(image, 32), 32)))
+        except Exception as error:
+            raise ValueError(f"{path} does not decode as an image: remove or replace it") from error
+    return torch.stack(images)
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
@@ -164,42 +159,39 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
     return Images(x[train], y[train], x[test], y[test], names)
 
 
-def _draw_batch(labels, generator, size=32, oversample=2):
-    n, side = len(labels), size * oversample
+def _draw_batch(labels, generator):
+    n, side = len(labels), 64  # drawn at twice the size
     axis = (torch.arange(side) + 0.5) / side * 2 - 1
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     image = F.interpolate(uniform(0.3, 0.7, 3, 8, 8), side, mode="bilinear")
-    for centre in itertools.product((-0.5, 0.5), repeat=2):
+    for row, column in itertools.product((-0.5, 0.5), repeat=2):
         # x, y: the pixels as the object sees them, moved, turned and scaled to its radius
-        y, x = (
-            c - at - uniform(-0.08, 0.08, 1, 1)
-            for c, at in zip(torch.meshgrid(axis, axis, indexing="ij"), centre)
-        )
+        y = axis[:, None] - row - uniform(-0.08, 0.08, 1, 1)
+        x = axis - column - uniform(-0.08, 0.08, 1, 1)
         turn, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.4, 0.55, 1, 1)
         cos, sin = turn.cos() / radius, turn.sin() / radius
         x, y = x * cos + y * sin, y * cos - x * sin
         r, angle = x.hypot(y), torch.atan2(y, x)
         near, far = torch.minimum(x.abs(), y.abs()), torch.maximum(x.abs(), y.abs())
-        inside = torch.stack(
-            [
-                r < 0.85,
-                (r < 1) & (r > 0.55),
-                far < 0.75,
-                r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
-                r < 0.6 + 0.4 * (5 * angle).cos(),
-                (near < 0.25) & (far < 0.95),
-                (x.abs() < 1) & (y.abs() < 0.3),
-                (r < 1) & (y > 0),
-                (r < 1) & ((x - 0.5).hypot(y) > 0.7),
-                (x.abs() - 0.55).hypot(y) < 0.42,
-            ]
-        )[labels, torch.arange(n)]
+        outlines = [  # in the order of the classes
+            r < 0.85,
+            (r < 1) & (r > 0.55),
+            far < 0.75,
+            r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
+            r < 0.6 + 0.4 * (5 * angle).cos(),
+            (near < 0.25) & (far < 0.95),
+            (x.abs() < 1) & (y.abs() < 0.3),
+            (r < 1) & (y > 0),
+            (r < 1) & ((x - 0.5).hypot(y) > 0.7),
+            (x.abs() - 0.55).hypot(y) < 0.42,
+        ]
+        inside = torch.stack(outlines)[labels, torch.arange(n)]
         colour = uniform(0.7, 1.3, 3, 1, 1).remainder(1)  # no channel near the background's
         image = torch.where(inside[:, None], colour, image)
-    return (F.avg_pool2d(image, oversample) * 255).round().to(torch.uint8)
+    return (F.avg_pool2d(image, 2) * 255).round().to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------- split
@@ -298,13 +290,21 @@ def two_views(images, generator, scale=(0.08, 1.0)):
 
 
 def draw_views(images, generator, scale=(0.08, 1.0)):
-    """The random half of `two_views`: parameters, float32 (2B, 16), on the images' device."""
-    return pack(draw_params(2 * len(images), *images.shape[2:], generator, scale), images.device)
+    """The random half of `two_views`: `draw_params`' entries side by side, float32 (2B, 16).
+
+    On the images' device, by one copy that nobody waits for.
+    """
+    params = draw_params(2 * len(images), *images.shape[2:], generator, scale)
+    drawn = torch.cat([value.float().view(len(value), -1) for value in params.values()], 1)
+    drawn = drawn.pin_memory() if images.device.type == "cuda" else drawn
+    return drawn.to(images.device, non_blocking=True)
 
 
-def make_views(images, packed):
-    """The other half of `two_views`, which nothing random is in: it compiles as one graph."""
-    return augment(images.repeat(2, 1, 1, 1), unpack(packed)).chunk(2)
+def make_views(images, drawn):
+    """The other half, in which nothing is random: it compiles as one graph."""
+    names = ("box", "flip", "kind", "before", "after", "hue", "gray")
+    params = dict(zip(names, drawn.split((4, 1, 3, 3, 3, 1, 1), 1)))
+    return augment(images.repeat(2, 1, 1, 1), params).chunk(2)
 
 
 def draw_params(n, height, width, generator, scale=(0.08, 1.0)):
@@ -322,15 +322,13 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0)):
     ratio = torch.exp((2 * rand(10) - 1) * math.log(4 / 3))
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
-    first, misfit = fits.float().argmax(1, keepdim=True), ~fits.any(1)
-    fallback_h, fallback_w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    h, w = (
-        torch.where(misfit, float(fallback), side.gather(1, first)[:, 0])
-        for side, fallback in ((h, fallback_h), (w, fallback_w))
-    )
+    first = fits.float().argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
     top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
-    top[misfit], left[misfit] = (height - fallback_h) // 2, (width - fallback_w) // 2
     box = torch.stack([top, left, h, w], 1)
+    tall, wide = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    centred = [(height - tall) // 2, (width - wide) // 2, tall, wide]
+    box[~fits.any(1)] = box.new_tensor(centred)
     jittered, flip = rand() < 0.8, rand() < 0.5
     factor = torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0)
     turn = torch.where(jittered, 0.4 * rand() - 0.2, 0.0)
@@ -347,20 +345,6 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0)):
         "hue": turn,  # (n,) in turns of the colour circle, between the two
         "gray": rand() < 0.2,  # (n,) bool
     }
-
-
-def pack(params, device):
-    """`draw_params`' entries side by side, float32 (n, 16), by one copy that nobody waits for."""
-    packed = torch.cat([value.float().view(len(value), -1) for value in params.values()], 1)
-    packed = packed.pin_memory() if device.type == "cuda" else packed
-    return packed.to(device, non_blocking=True)
-
-
-def unpack(packed):
-    """The entries of `pack` by name, as `augment` takes them."""
-    box, flip, kind, before, after, hue, gray = packed.split((4, 1, 3, 3, 3, 1, 1), 1)
-    one = {"flip": flip[:, 0], "hue": hue[:, 0], "gray": gray[:, 0]}
-    return {"box": box, "kind": kind, "before": before, "after": after, **one}
 
 
 def augment(images, params):
@@ -430,12 +414,8 @@ def gray(x):
 
 if __name__ == "__main__":
     labels = np.arange(5000) % 10
-    table = np.stack(
-        [
-            np.bincount(labels[part], minlength=10)
-            for part in dirichlet_split(labels, num_clients=10, alpha=0.1)
-        ]
-    )
+    split = dirichlet_split(labels, num_clients=10, alpha=0.1)
+    table = np.stack([np.bincount(labels[part], minlength=10) for part in split])
     print("Dirichlet(0.1) split of 10 classes x 500 images over 10 clients: columns sum to 500\n")
     print("client" + "".join(f"{f'class {c}':>9}" for c in range(10)) + f"{'all':>8}")
     for k, row in enumerate(table):

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from data import crop, draw_params, load_dataset, pack, two_views, unpack
+from data import crop, draw_params, load_dataset, two_views
 from model import SSDNet
 
 # ---------------------------------------------------------------------------- measures
@@ -88,17 +88,7 @@ def stratified(labels, fraction, seed=0):
 
 
 def fine_tune(
-    model,
-    train_x,
-    train_y,
-    test_x,
-    test_y,
-    epochs=200,
-    lr=1e-3,
-    head_lr=0.3,
-    batch_size=128,
-    seed=0,
-    amp=None,
+    model, train_x, train_y, test_x, test_y, epochs=200, lr=1e-3, batch_size=128, seed=0, amp=None
 ):
     """Train a copy of the encoder and a linear head on labelled images: per cent on the test set.
 
@@ -111,7 +101,7 @@ def fine_tune(
     amp = bf16_is_fast(device) if amp is None else amp
     model, train_x, train_y = copy.deepcopy(model), train_x.to(device), train_y.to(device)
     head = _zero_head(encode(model, test_x[:1])[0], train_y)
-    groups = [{"params": model.encoder.parameters()}, {"params": head.parameters(), "lr": head_lr}]
+    groups = [{"params": model.encoder.parameters()}, {"params": head.parameters(), "lr": 0.3}]
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     model.train()
@@ -119,8 +109,8 @@ def fine_tune(
         order = torch.randperm(len(train_x), generator=generator).to(device)
         for batch in order.split(batch_size):
             drawn = draw_params(len(batch), *train_x.shape[2:], generator, scale=(0.64, 1.0))
-            views = unpack(pack(drawn, device))
-            x = crop(train_x[batch].float() / 255, views["box"], views["flip"])
+            box, flip = drawn["box"].to(device), drawn["flip"].to(device)
+            x = crop(train_x[batch].float() / 255, box, flip)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 h = model.encoder(x)
             optimizer.zero_grad()
@@ -364,11 +354,8 @@ def load_checkpoint(path):
             raise ValueError("its split is not one")
         with torch.device("meta"):  # no memory is taken before the shapes are known to fit
             model = SSDNet(config["width"], projector=config["projector"])
-        state = {
-            name: value
-            for name, value in checkpoint["model"].items()
-            if name.split(".")[0] in ("encoder", "projector")
-        }
+        own = ("encoder.", "projector.")
+        state = {name: v for name, v in checkpoint["model"].items() if name.startswith(own)}
         model.load_state_dict(state, assign=True)
         return checkpoint, model.to(memory_format=torch.channels_last)
     except Exception as error:

@@ -85,18 +85,9 @@ def federated_round(
         model.load_state_dict(global_state)
         reset_optimizer(optimizer)
         # 3. Train locally, on the client's own images alone.
-        rng = keyed_generator(seed, "client", r, k)
+        own, rng = split[k], keyed_generator(seed, "client", r, k)
         reports[k] = train_client(
-            model,
-            optimizer,
-            samples,
-            split[k],
-            loss,
-            k,
-            rng,
-            local_epochs,
-            batch_size,
-            global_state,
+            model, optimizer, samples, own, loss, k, rng, local_epochs, batch_size, global_state
         )
         # 4. Return the weights and the sample count, unless the client has diverged.
         w = flatten(model.state_dict())
@@ -105,7 +96,7 @@ def federated_round(
         elif average:
             states.append(copy_state(model))
         else:
-            total.add_(w, alpha=len(split[k]))
+            total.add_(w, alpha=len(own))
 
     # 5. Average, over the clients of all processes.
     reports = gather(reports)

@@ -39,16 +39,14 @@ class SSDNet(nn.Module):
         if not projector and embed_dim != dim:
             raise ValueError(f"without projector u is h: embed_dim must be {dim}, got {embed_dim}")
         self.encoder = resnet18(width)
-        self.projector = (
-            nn.Sequential(
+        self.projector = nn.Identity()
+        if projector:
+            self.projector = nn.Sequential(
                 nn.Linear(dim, 4 * dim),
                 nn.BatchNorm1d(4 * dim),
                 nn.ReLU(inplace=True),
                 nn.Linear(4 * dim, embed_dim),
             )
-            if projector
-            else nn.Identity()
-        )
 
     def forward(self, x):
         """x float (B, 3, H, W) in [0, 1] -> h (B, 8 width), u (B, embed_dim)."""

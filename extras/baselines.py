@@ -28,7 +28,7 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from data import augment, draw_params, pack, two_views, unpack  # noqa: E402
+from data import augment, draw_params, two_views  # noqa: E402
 from eval import load_checkpoint  # noqa: E402
 from federated import average_states  # noqa: E402
 from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
@@ -381,7 +381,7 @@ def make_loss(config, images, split):
             index = torch.randint(len(split[k]), (len(batch),), generator=generator)
             others = images[torch.as_tensor(split[k])[index].to(images.device)]
             params = draw_params(len(batch), *batch.shape[2:], generator)
-            x = augment(others, unpack(pack(params, images.device)))
+            x = augment(others, {name: v.to(images.device) for name, v in params.items()})
             _, r = forward(model, x)
             global_u2, global_r = (frozen_u(model, global_state, v) for v in (x2, x))
             return fedx_loss(u1, u2, p1, p2, global_u2, r, global_r)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import draw_params, pack, two_views  # noqa: E402
+from data import draw_params, draw_views, two_views  # noqa: E402
 from eval import OneLineParser, bf16_is_fast, number, pick_device  # noqa: E402
 from federated import keyed_generator, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
@@ -161,7 +161,7 @@ def launches(row, images):
     epoch(1)  # makes the momentum
     (one, small), (two, large) = count(epoch, 1), count(epoch, 2)
     drawn, _ = count(draw_params, *shape, rng)  # on the CPU: no launch
-    packed, _ = count(lambda: pack(draw_params(*shape, rng), row.device))
+    packed, _ = count(draw_views, images[:size], rng)
     fused.zero_grad()
     loss, _ = count(lambda: row.loss(row.net, images[:size], 0, rng, None)[0].backward())
     inside = loss - packed
