@@ -211,15 +211,12 @@ def test_no_table_has_more_than_eight_columns():
 def test_a_page_gets_its_tables_anew(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     (tmp_path / "one.jsonl").write_text("\n".join(scores_lines({"a": {0: {"knn": 12.5}}})))
-    text = (
-        "Before\n<!-- one.jsonl -->\nold\n<!-- end -->\nbetween <!-- none.jsonl --><!-- end -->\n"
-    )
+    text = "Before\n<!-- one.jsonl -->\nold\n<!-- end -->\nbetween"
     (tmp_path / "page.md").write_text(text)
     study.main([str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
     made = "| accuracy | kNN % | n |\n| --- | --- | --- |\n| a | 12.50 | 1 |"
-    empty = "<!-- none.jsonl -->\n\n\n\n<!-- end -->"
-    assert page == (f"Before\n<!-- one.jsonl -->\n\n{made}\n\n<!-- end -->\nbetween {empty}\n")
+    assert page == f"Before\n<!-- one.jsonl -->\n\n{made}\n\n<!-- end -->\nbetween"
     assert study.renew(page) == page
     with pytest.raises(SystemExit) as stop:
         study.main([str(tmp_path / "other.md")])
