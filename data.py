@@ -301,7 +301,10 @@ def draw_views(images, generator, scale=(0.08, 1.0)):
 
 
 def make_views(images, drawn):
-    """The other half, in which nothing is random: it compiles as one graph."""
+    """The other half, in which nothing is random: it compiles as one graph.
+
+    uint8 (B, 3, H, W) and `draw_views`' (2B, 16) -> two float32 (B, 3, H, W) in [0, 1].
+    """
     names = ("box", "flip", "kind", "before", "after", "hue", "gray")
     params = dict(zip(names, drawn.split((4, 1, 3, 3, 3, 1, 1), 1)))
     return augment(images.repeat(2, 1, 1, 1), params).chunk(2)

@@ -274,7 +274,10 @@ def number(kind, low=None, high=math.inf, above=None):
 
 
 def open_run(config, split, model):
-    """Make a run folder, whole or not at all, with a checkpoint of the untrained network."""
+    """Make config["out"], whole or not at all, with a checkpoint of the untrained network: Path.
+
+    Where "out" is None it is set to a new folder under runs/. ValueError if it has files.
+    """
     if config["out"] is None:
         name = f"{Path(config['dataset']).name}-{config['method']}-k{config['clients']}"
         name = f"runs/{name}-seed{config['seed']}"

@@ -124,9 +124,9 @@ def train_client(
 ):
     """Local training in place on samples[index]; returns every term's mean over the steps, floats.
 
-    Batches are full: what is left at an epoch's end is dropped, as usual in
-    self-supervised learning, where the loss depends on the batch size. A client with fewer than
-    batch_size samples takes one step an epoch on all it has.
+    Batches are full: what is left at an epoch's end is dropped, as usual in self-supervised
+    learning, where the loss depends on the batch size. A client with fewer than batch_size samples
+    takes one step an epoch on all it has.
     """
     model.train()
     sums, steps = {}, 0
