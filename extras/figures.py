@@ -1,12 +1,11 @@
 """The README's figures, as small SVG files: `pip install matplotlib`, then
 
-    python extras/figures.py                       # those that need no run: seconds, CPU
-    python extras/figures.py runs/ablation         # a study's as well: a minute
+    python extras/figures.py                              # those that need no run: seconds, CPU
+    python extras/figures.py runs/ablation/scores.jsonl   # a study's as well
 
-where runs/ablation is what extras/study.py left: run folders of train.py, scored by eval.py, whose
-names end in the seed. --first-run takes runs of the first run's command and keeps their rounds in
-first_run.jsonl, from which their curve is drawn again; --separation takes the file that
-extras/separation.py writes.
+where extras/study.py wrote that file. --first-run takes runs of the first run's command and keeps
+their rounds in first_run.jsonl, from which their curve is drawn again; --separation takes the file
+that extras/separation.py writes, --split a run folder.
 """
 
 import itertools
@@ -27,14 +26,6 @@ from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, vie
 from data import load_dataset  # noqa: E402
 from eval import OneLineParser  # noqa: E402
 from train import make_model, make_monitor  # noqa: E402
-
-LABELS = {  # as in the README's tables; other rows keep their names
-    "fedalignuniform": "FedAlignUniform",
-    "pd": "+ PD",
-    "dsr": "+ DSR",
-    "ssd": "SSD (both)",
-    "hsd": "HSD",
-}
 
 
 def read(path):
@@ -148,18 +139,18 @@ def split(plt, run):
 def rounds(plt, rows):
     """Uniformity of h and z, alignment, kNN over the rounds: mean over the seeds, band ± std."""
     panels = {
-        "kNN %, 2,000 labels (↑ better)": ("knn", 1),
-        "L_align in training (↓ closer)": ("align", 1),
-        "−L_uniform of h (↑ more uniform)": ("uniformity_h", -1),
-        "−L_uniform of z (↑ more uniform)": ("uniformity_z", -1),
+        "kNN %, 2,000 labels (↑ better)": ("knn_rounds", 1),
+        "L_align in training (↓ closer)": ("align_rounds", 1),
+        "−L_uniform of h (↑ more uniform)": ("uniformity_h_rounds", -1),
+        "−L_uniform of z (↑ more uniform)": ("uniformity_z_rounds", -1),
     }
     figure, axes = plt.subplots(2, 2, figsize=(7.6, 6.5), sharex=True)
     for axis, (title, (key, sign)) in zip(axes.flat, panels.items()):
-        for colour, (label, runs) in zip(itertools.cycle(COLOURS), rows.items()):
-            lines = [read(run / "metrics.jsonl") for run in runs]
-            values = sign * np.array([[line.get(key, np.nan) for line in part] for part in lines])
-            r = range(1, 1 + values.shape[1])
-            band(axis, r, values, color=colour, label=LABELS.get(label, label))
+        for colour, (label, lines) in zip(itertools.cycle(COLOURS), rows.items()):
+            if all(key in line for line in lines):  # an untrained row has none
+                values = sign * np.array([line[key] for line in lines])
+                r = range(1, 1 + values.shape[1])
+                band(axis, r, values, color=colour, label=label)
         axis.set_title(title)
     for axis in axes[1]:
         axis.set_xlabel("round")
@@ -168,48 +159,39 @@ def rounds(plt, rows):
     return figure
 
 
-def own_scores(run):
-    """The last line of a run's eval.jsonl on its own data set."""
-    data_set = json.loads((run / "config.json").read_text())["dataset"]
-    return [line for line in read(run / "eval.jsonl") if line["dataset"] == data_set][-1]
-
-
 def trade_off(plt, rows):
     """Uniformity of z against its alignment: a point a row, mean ± std over the seeds."""
     figure, axis = plt.subplots(figsize=(7, 4.8))
-    for colour, (label, runs) in zip(itertools.cycle(COLOURS), rows.items()):
-        scores = [own_scores(run) for run in runs]
-        ends = [[-score[key] for score in scores] for key in ("alignment_z", "uniformity_z")]
+    for colour, (label, lines) in zip(itertools.cycle(COLOURS), rows.items()):
+        ends = [[-line[key] for line in lines] for key in ("alignment_z", "uniformity_z")]
         (x, y) = map(statistics.mean, ends)
         spread = [statistics.stdev(end) if len(end) > 1 else 0 for end in ends]
-        axis.errorbar(
-            x, y, spread[1], spread[0], "o", color=colour, capsize=3, label=LABELS.get(label, label)
-        )
+        axis.errorbar(x, y, spread[1], spread[0], "o", color=colour, capsize=3, label=label)
     legend(figure, axis)
     axis.set(xlabel="−L_align of z (better →)", ylabel="−L_uniform of z (better ↑)")
     figure.tight_layout()
     return figure
 
 
-def find_runs(folder, asked=None):
-    """{row: its run folders, one a seed}, of the trained and scored runs in a study's folder."""
+def find_rows(path, asked=None):
+    """{row: its lines, one a seed}, of a study's scores on its own data set."""
     rows = {}
-    for path in sorted(folder.glob("*-seed*")):
-        name = re.sub(r"-seed\d+$", "", path.name)
-        if (path / "eval.jsonl").exists() and (path / "metrics.jsonl").stat().st_size:
-            rows.setdefault(name, []).append(path)
-    if not rows:
-        raise ValueError(f"{folder} holds no scored runs: make them with extras/study.py")
+    for line in read(path):
+        if "alignment_z" not in line:
+            raise ValueError(f"{path} is not a scores.jsonl of extras/study.py")
+        if not line["transfer"]:
+            rows.setdefault(line["row"], []).append(line)
     for row in asked or []:
         if row not in rows:
-            raise ValueError(f"no row {row} in {folder}: it has {', '.join(rows)}")
+            raise ValueError(f"no row {row} in {path}: it has {', '.join(rows)}")
     return {row: rows[row] for row in asked or rows}
 
 
 def draw_all(plt, args):
     """Yields the name of a file and its figure, of all that the flags ask for."""
-    rows = find_runs(args.folder, args.rows) if args.folder else {}
+    rows = find_rows(args.scores, args.rows) if args.scores else {}
     separation = read(args.separation) if args.separation else []
+    clients = split(plt, args.split) if args.split else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
     args.out.mkdir(parents=True, exist_ok=True)
     if first:
@@ -223,20 +205,23 @@ def draw_all(plt, args):
     if separation:
         yield "separation_h.svg", heatmaps(plt, separation, "h")
         yield "separation_z.svg", heatmaps(plt, separation, "z")
+    if clients:
+        yield "split.svg", clients
+    if any("knn_rounds" in line for lines in rows.values() for line in lines):
+        yield f"{args.scores.stem}_rounds.svg", rounds(plt, rows)
     if rows:
-        yield "split.svg", split(plt, next(iter(rows.values()))[0])
-        yield "rounds.svg", rounds(plt, rows)
-        yield "trade_off.svg", trade_off(plt, rows)
+        yield f"{args.scores.stem}_trade_off.svg", trade_off(plt, rows)
 
 
 def main(argv=None):
     """Run folders and records -> SVG files (the two views: PNG)."""
     parser = OneLineParser("extras/figures.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, nargs="?", help="a study's, as extras/study.py leaves it")
+    add("scores", type=Path, nargs="?", help="scores.jsonl, or what it is called in assets/")
     add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")
     add("--first-run", type=Path, nargs="+", metavar="RUN", help="run folders, one a seed")
     add("--separation", type=Path, metavar="FILE", help="of extras/separation.py")
+    add("--split", type=Path, metavar="RUN", help="a run folder, whose split to draw")
     add("--out", type=Path, default=Path("assets"), help="where the figures go (%(default)s)")
     args = parser.parse_args(argv)
     try:

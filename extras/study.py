@@ -10,7 +10,8 @@ follows `--` is common to all rows. The row `local` trains every client alone, b
 and takes the mean of their scores. A row and a seed make one run folder (`local`: one a client),
 which is trained, and scored by eval.py, unless that is done: the same command goes on where it was
 stopped. Folders made with other flags are refused. All scores go to scores.jsonl in the study's
-folder, a line each. The scale is the flags' business: without flags it is the paper's run.
+folder, a line each, and with them what extras/figures.py draws of every round. The scale is the
+flags' business: without flags it is the paper's run.
 """
 
 import json
@@ -20,6 +21,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
@@ -45,6 +48,7 @@ COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "eff. rank h": ("effective_rank_h", 1, 1),
     "s/round": ("seconds_per_round", 1, 1),
 }
+CURVES = ("knn", "align", "uniformity_h", "uniformity_z")  # of metrics.jsonl
 KEPT = ("rounds", "device", "data-dir")  # what a resumed run does not take from its checkpoint
 TABLES = {
     "accuracy": ["LP %", "FT 1 %", "FT 10 %", "kNN %", "s/round"],
@@ -96,8 +100,11 @@ def train_one(script, flags, folder):
 
 
 def scores(folder, data_set, flags):
-    """The line of folder/eval.jsonl on a data set (None: the run's own), made if missing."""
-    rounds = len((folder / "metrics.jsonl").read_text().splitlines())
+    """The line of folder/eval.jsonl on a data set (None: the run's own), made if missing.
+
+    With it seconds_per_round, the median, and knn_rounds and the like, lists of a value a round.
+    """
+    metrics = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
     data_set = data_set or json.loads((folder / "config.json").read_text())["dataset"]
     flags, record = [*flags, "--dataset", data_set], folder / "eval.jsonl"
     args = vars(evaluation.build_parser().parse_args(["last.pt", *flags]))
@@ -107,7 +114,7 @@ def scores(folder, data_set, flags):
         return [
             line
             for line in lines
-            if (line["dataset"], line["round"]) == (data_set, rounds)
+            if (line["dataset"], line["round"]) == (data_set, len(metrics))
             and "flags" in line
             and all(args[name] == value for name, value in line["flags"].items())
         ]
@@ -115,21 +122,26 @@ def scores(folder, data_set, flags):
     if not found():
         command = [sys.executable, ROOT / "eval.py", folder / "last.pt", *flags]
         subprocess.run(command, check=True)
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    seconds = [line["seconds"] for line in lines]
-    return found()[-1] | ({"seconds_per_round": statistics.median(seconds)} if seconds else {})
+    if not metrics:
+        return found()[-1]
+    whole = [key for key in CURVES if all(key in line for line in metrics)]
+    curves = {f"{key}_rounds": [line[key] for line in metrics] for key in whole}
+    seconds = statistics.median(line["seconds"] for line in metrics)
+    return found()[-1] | curves | {"seconds_per_round": seconds}
 
 
 def mean(runs):
-    """The mean of every score that all runs have."""
-    keys = [key for key, _, _ in COLUMNS.values() if all(key in run for run in runs)]
-    return {key: statistics.mean(run[key] for run in runs) for key in keys}
+    """The mean of every score, and every round's, that all runs have."""
+    keys = [key for key, _, _ in COLUMNS.values()] + [f"{key}_rounds" for key in CURVES]
+    keys = [key for key in keys if all(key in run for run in runs)]
+    return {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in keys}
 
 
 def minus(runs, others):
     """Scores {seed: {key: value}} minus those of another row, in the seeds that both have."""
     pairs = {seed: (runs[seed], others[seed]) for seed in runs if seed in others}
-    return {s: {key: a[key] - b[key] for key in a if key in b} for s, (a, b) in pairs.items()}
+    keys = {key for key, _, _ in COLUMNS.values()}
+    return {s: {k: a[k] - b[k] for k in keys & a.keys() & b.keys()} for s, (a, b) in pairs.items()}
 
 
 def cell(values, digits, paired):

@@ -10,30 +10,37 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
 import figures
+import study
 
-import eval as evaluation
 import train
 from data import draw_shapes
 
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "views.png"]
-STUDY = ["rounds.svg", "split.svg", "trade_off.svg"]
+STUDY = ["scores_rounds.svg", "scores_trade_off.svg", "split.svg"]
 FIRST = ["first_run.jsonl", "first_run.svg"]
 MAPS = ["separation_h.svg", "separation_z.svg"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two scored runs of one row and one of another, and a run without scores."""
+    """Two runs of one row, and the scores of them, of another row and of an untrained one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
         patch.chdir(tmp_path_factory.mktemp("study"))
-        for row, seed in (("ssd", 0), ("ssd", 1), ("pd", 0), ("dsr", 0)):
-            out = f"runs/{row}-seed{seed}"
-            train.main([*SMALL, "--method", row, "--seed", str(seed), "--out", out])
-            if row != "dsr":
-                evaluation.main([f"{out}/last.pt", "--epochs", "1", "--finetune"])
+        for seed in (0, 1):
+            train.main([*SMALL, "--seed", str(seed), "--out", f"runs/ssd-seed{seed}"])
+        values = {"alignment_z": 1.5, "uniformity_z": -3.0}
+        curves = {f"{key}_rounds": [1.0, 2.0] for key in study.CURVES}
+        lines = [
+            {"row": "ssd", "seed": 0, "transfer": None, **values, **curves},
+            {"row": "ssd", "seed": 1, "transfer": None, **values, **curves},
+            {"row": "ssd", "seed": 0, "transfer": "elsewhere", **values, **curves},
+            {"row": "pd", "seed": 0, "transfer": None, **values, **curves},
+            {"row": "ssd --rounds 0", "seed": 0, "transfer": None, **values},
+        ]
+        Path("scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         yield
 
 
@@ -46,18 +53,20 @@ def test_all_figures_the_same_again_and_small(runs):
     line = {"run": "runs/ssd-seed0", "rounds": 2, "epochs": 1, "matrix": [[1, 2], [2, 3.5]]}
     lines = [{**line, "part": part, "when": when} for part in "hz" for when in ("before", "after")]
     Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    flags = ["runs", "--separation", "lines.jsonl", "--first-run", "runs/ssd-seed0"]
-    flags += ["runs/ssd-seed1", "--out"]
+    flags = ["scores.jsonl", "--separation", "lines.jsonl", "--split", "runs/ssd-seed0"]
+    flags += ["--first-run", "runs/ssd-seed0", "runs/ssd-seed1", "--out"]
     figures.main([*flags, "one"])
     figures.main([*flags, "two"])
     assert names("one") == sorted(METHOD + STUDY + FIRST + MAPS)
     for name in names("one"):
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
         assert Path("one", name).stat().st_size < 100_000
-    rounds = Path("one/rounds.svg").read_text()
-    assert ">SSD (both)<" in rounds and ">+ PD<" in rounds and ">+ DSR<" not in rounds
-    figures.main(["runs", "--out", "one", "--rows", "pd"])
-    assert ">SSD (both)<" not in Path("one/rounds.svg").read_text()
+    rounds = Path("one/scores_rounds.svg").read_text()
+    assert ">ssd<" in rounds and ">pd<" in rounds and ">ssd --rounds 0<" not in rounds
+    figures.main(["scores.jsonl", "--out", "one", "--rows", "pd"])
+    assert ">ssd<" not in Path("one/scores_rounds.svg").read_text()
+    figures.main(["scores.jsonl", "--out", "none", "--rows", "ssd --rounds 0"])
+    assert names("none") == sorted([*METHOD, "scores_trade_off.svg"])
 
 
 def test_the_first_runs_rounds_are_kept_with_the_untrained_network(runs, capsys):
@@ -93,25 +102,20 @@ def test_a_band_is_mean_and_spread():
 
 
 def test_a_figure_shows_the_scores_on_the_runs_own_data_set(runs):
-    run = Path("runs/ssd-seed0")
-    own = figures.own_scores(run)
-    with (run / "eval.jsonl").open("a") as file:
-        file.write(json.dumps({**own, "dataset": "elsewhere", "uniformity_z": -9.0}) + "\n")
-    assert figures.own_scores(run) == own and -8 <= own["uniformity_z"] <= 0
-    assert {row: len(found) for row, found in figures.find_runs(Path("runs")).items()} == {
-        "pd": 1,
-        "ssd": 2,
-    }
+    rows = figures.find_rows(Path("scores.jsonl"))
+    found = {row: [line["seed"] for line in lines] for row, lines in rows.items()}
+    assert found == {"ssd": [0, 1], "pd": [0], "ssd --rounds 0": [0]}
 
 
 def test_mistakes_are_one_line(runs, capsys):
     pytest.importorskip("matplotlib")
     capsys.readouterr()
-    Path("empty").mkdir()
     for flags, words in (
-        (["nowhere"], "nowhere holds no scored runs"),
-        (["empty"], "empty holds no scored runs"),
-        (["runs", "--rows", "dsr"], "no row dsr in runs: it has pd, ssd"),
+        (["nowhere.jsonl"], "nowhere.jsonl"),
+        (["runs"], "runs"),
+        (["runs/ssd-seed0/metrics.jsonl"], "metrics.jsonl is not a scores.jsonl of extras/study"),
+        (["scores.jsonl", "--rows", "dsr"], "no row dsr in scores.jsonl: it has ssd, pd"),
+        (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--first-run", "nowhere"], "nowhere/config.json"),
     ):

@@ -66,6 +66,8 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
         ("pd", 1),
         ("dsr --no-projector", 1),
     ]
+    metrics = list(map(json.loads, Path("runs/pd-seed1/metrics.jsonl").read_text().splitlines()))
+    assert all(lines[2][f"{key}_rounds"] == [metrics[0][key]] for key in study.CURVES)
     assert f"| pd | {(lines[0]['linear_probe'] + lines[2]['linear_probe']) / 2:.2f} " in rows[2]
     study.main([*command, "--rounds", "2"])  # goes on with the same runs
     assert calls[8:] == ["train", "eval"] * 4
