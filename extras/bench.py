@@ -319,7 +319,7 @@ def main():
     print("\nparts of our step, each waited for (backward: the difference)")
     for part, seconds in shares(ours, where[ours], keyed_generator("parts"), amp).items():
         print(f"  {part:28s}{1e3 * seconds:9.2f} ms")
-    print(f"\nthe paper's run, {PAPER_STEPS:,} steps, at these rates:")
+    print(f"\n{PAPER_STEPS:,} steps, as many as the paper's run has, at these rates:")
     for row, median in zip(rows, medians):
         print(f"  {row.name:36s}{PAPER_STEPS * median / 3600:9.2f} h")
     print("\ntime in which no operation runs on the device")
