@@ -213,7 +213,7 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
     if num_clients * min_size > len(labels):
         raise ValueError(
             f"{num_clients} clients with {min_size} samples each need more than the "
-            f"{len(labels)} there are: take fewer clients"
+            f"{len(labels)} there are: take fewer clients or more images"
         )
     rng = np.random.default_rng(seed)
     by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]

@@ -100,7 +100,7 @@ def fine_tune(
     device = next(model.parameters()).device
     amp = bf16_is_fast(device) if amp is None else amp
     model, train_x, train_y = copy.deepcopy(model), train_x.to(device), train_y.to(device)
-    head = _zero_head(encode(model, test_x[:1])[0], train_y)
+    head = _zero_head(encode(model, test_x[:1], amp)[0], train_y)
     groups = [{"params": model.encoder.parameters()}, {"params": head.parameters(), "lr": 0.3}]
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
@@ -265,7 +265,7 @@ def number(kind, low=None, high=math.inf, above=None):
         except ValueError:
             value = math.nan
         inside = value > above if low is None else value >= low
-        if not (inside and value <= high and math.isfinite(value)):
+        if not (inside and value <= high and value < math.inf):
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {noun} {bound}, got {text!r}")
         return value
@@ -347,8 +347,6 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, split = checkpoint["config"], checkpoint["split"]
-        if "encoder.0.weight" in checkpoint["model"]:
-            raise ValueError("it is an older version's, whose encoder has other names: train anew")
         if not {"dataset", "method", "seed", "width", "projector"} <= config.keys():
             raise ValueError("its config is not one")
         if not all(type(line) is dict for line in checkpoint["history"]):
@@ -369,23 +367,23 @@ def load_checkpoint(path):
 # ---------------------------------------------------------------------------- script
 
 
-def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
+def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=(), amp=None):
     """All measures of one network on `data` (`data.Images`), as a flat dict of floats.
 
     Accuracies train on all training images (fine-tuning: on these fractions of them) and test on
     all test images. Uniformity, effective rank and norm of h and of u, the projector's output: on
     all test images; alignment: on two views of 5,000 random ones. Intra- and inter-client parts: on
     at most 5,000 training images, client_of (N,) telling the client that holds each, -1 for none;
-    each is log E over the pairs of its kind, so that it compares with the whole.
+    each is log E over the pairs of its kind, so that it compares with the whole. amp: as `encode`.
     """
     device = next(model.parameters()).device
     train_y, test_y = data.train_y.to(device), data.test_y.to(device)
-    train_h, train_u = encode(model, data.train_x)
-    test_h, test_u = encode(model, data.test_x)
+    train_h, train_u = encode(model, data.train_x, amp)
+    test_h, test_u = encode(model, data.test_x, amp)
     generator = torch.Generator().manual_seed(seed)
     some = torch.randperm(len(data.test_x), generator=generator)[:5000]
     views = two_views(data.test_x[some].to(device), generator)
-    (h1, u1), (h2, u2) = (encode(model, view) for view in views)
+    (h1, u1), (h2, u2) = (encode(model, view, amp) for view in views)
     scores = {
         "linear_probe": linear_probe(train_h, train_y, test_h, test_y, epochs, seed=seed),
         "knn": knn_accuracy(train_h, train_y, test_h, test_y),
@@ -393,7 +391,7 @@ def evaluate(model, data, client_of=None, epochs=200, seed=0, fractions=()):
     for fraction in fractions:
         some = stratified(data.train_y, fraction, seed)
         four = data.train_x[some], data.train_y[some], data.test_x, data.test_y
-        scores[f"finetune_{fraction:g}"] = fine_tune(model, *four, epochs, seed=seed)
+        scores[f"finetune_{fraction:g}"] = fine_tune(model, *four, epochs, seed=seed, amp=amp)
     for part, test, one, two in (("h", test_h, h1, h2), ("z", test_u, u1, u2)):
         scores[f"uniformity_{part}"] = uniformity(test)
         scores[f"alignment_{part}"] = alignment(one, two)
@@ -444,7 +442,7 @@ def build_parser():
     add = parser.add_argument
     add("checkpoint", help="runs/NAME/last.pt, as train.py wrote it")
     add("--dataset", help="another data set than the checkpoint's (transfer)")
-    add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
+    add("--data-dir", help="where downloaded data sets are kept (the run's)")
     add("--epochs", type=number(int, 1), default=200,
         help="of probe and fine-tuning (%(default)s, as paper)")
     add("--finetune", type=number(float, above=0, high=1), nargs="*", default=[0.01, 0.1],
@@ -452,7 +450,7 @@ def build_parser():
         help="shares of the labels to fine-tune on, none to leave it out (0.01 0.1, as the paper)")
     add("--own-images", action="store_true",
         help="take labels only of the images that the run's clients hold (a run with --limit)")
-    add("--seed", type=number(int, 0), default=0,
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
         help="of label subsets, shuffling, views (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     return parser
@@ -465,14 +463,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     start, client_of = time.time(), None
     try:
-        record = Path(args.checkpoint).parent / "eval.jsonl"
-        if not os.access(record if record.exists() else record.parent, os.W_OK):
-            raise ValueError(f"{record} cannot be written: copy the checkpoint elsewhere")
         device = pick_device(args.device)
         checkpoint, model = load_checkpoint(args.checkpoint)
-        config = checkpoint["config"]
+        config, record = checkpoint["config"], Path(args.checkpoint).parent / "eval.jsonl"
+        if not os.access(record if record.exists() else record.parent, os.W_OK):
+            raise ValueError(f"{record} cannot be written: copy the checkpoint elsewhere")
         dataset = args.dataset or config["dataset"]
-        data = load_dataset(dataset, args.data_dir)
+        data = load_dataset(dataset, args.data_dir or config.get("data_dir", "data"))
         if dataset == config["dataset"]:
             client_of = torch.full((len(data.train_y),), -1)
             for k, index in enumerate(checkpoint["split"]):
@@ -489,7 +486,8 @@ def main(argv=None):
         f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: "
         f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n"
     )
-    scores = evaluate(model.to(device), data, client_of, args.epochs, args.seed, args.finetune)
+    asked = args.epochs, args.seed, args.finetune, config.get("amp")  # the precision of training
+    scores = evaluate(model.to(device), data, client_of, *asked)
     print_scores(scores)
     flags = {name: getattr(args, name) for name in ("epochs", "finetune", "own_images", "seed")}
     line = {

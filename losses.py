@@ -81,7 +81,7 @@ def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
 def dsr_loss(z, d_k, on_sphere=True):
     """Dimension-scaled regularisation, mean ||z - stopgrad(target)||^2: z unit rows (B, D) -> ().
 
-    on_sphere=True, what training uses: target = z * d_k / ||z * d_k||; loss in [0, 4].
+    on_sphere=True, what training uses: target = z * d_k / ||z * d_k||; loss in [0, 2).
     on_sphere=False: target = z * d_k, the formula as the paper prints it. With its gamma 1 and
     scale a = 10 the gradient on a client's own dimensions is -2 (a - 1) z / B = -18 z / B, drowns
     the other terms, and the encoder ends below an untrained one (README, The method).

@@ -58,8 +58,8 @@ def resnet18(width=64):
     """torchvision's ResNet-18 without classifier, with the CIFAR stem: 3x3 stride 1, no max-pool.
 
     float (B, 3, H, W) -> (B, 8 width). Same blocks, initialisation and names as torchvision's, so
-    that state dicts fit both at width 64; the stages have width, 2, 4 and 8 x width channels.
-    Not torchvision's class itself: that refuses other widths.
+    that state dicts fit both at width 64, conv1 and fc apart; the stages have width, 2, 4 and
+    8 x width channels. Not torchvision's class itself: that refuses other widths.
     """
 
     def stage(inputs, outputs, stride):

@@ -79,7 +79,7 @@ def fedx_relation(a, b, r, temperature=0.1, target_temperature=0.1):
         R = 1/2 [ KL(q || p_a) + KL(q || p_b) ],   p_a = softmax(cos(a, r) / T),  p_b likewise,
         q = 1/2 [ softmax(cos(a, r) / T') + softmax(cos(b, r) / T') ]
 
-    a, b (B, D) two views' embeddings, r (M, D) of other images -> (), >= 0 where T = T'; mean over
+    a, b (B, D) two views' embeddings, r (M, D) of other images -> (), >= 0; mean over
     rows. Paper / public code: a Jensen-Shannon divergence, KL(p || q) / KL(q || p), q not detached,
     as here.
     """

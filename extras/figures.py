@@ -25,7 +25,7 @@ from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, vie
 
 from data import load_dataset  # noqa: E402
 from eval import OneLineParser  # noqa: E402
-from train import make_model, make_monitor  # noqa: E402
+from train import METHODS, make_model, make_monitor  # noqa: E402
 
 
 def read(path):
@@ -79,6 +79,8 @@ def record(runs):
     left_out = {"lr", "seconds", "clients", "left_out"}
     for run in runs:
         config = json.loads((run / "config.json").read_text())
+        if config["method"] not in METHODS:
+            raise ValueError(f"{run} is of {config['method']}, whose loss has other terms")
         parts = list(json.loads((run / "split.json").read_text()).values())
         monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
         untrained = make_model(config).to(memory_format=torch.channels_last)
@@ -190,18 +192,22 @@ def find_rows(path, asked=None):
 def draw_all(plt, args):
     """Yields the name of a file and its figure, of all that the flags ask for."""
     rows = find_rows(args.scores, args.rows) if args.scores else {}
+    if args.rows and not args.scores:
+        raise ValueError("--rows is of a study's scores: give their file before --rows")
     separation = read(args.separation) if args.separation else []
     clients = split(plt, args.split) if args.split else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
-    args.out.mkdir(parents=True, exist_ok=True)
+    lines = first or (read(kept) if kept.exists() else [])
+    curve = first_run(plt, lines) if lines else None
+    args.out.mkdir(parents=True, exist_ok=True)  # nothing is written before all has been read
     if first:
         kept.write_text("".join(json.dumps(line) + "\n" for line in first))
     yield "sphere.svg", sphere(plt)
     yield "pipeline.svg", pipeline(plt)
     yield "d_k.svg", scales(plt)
     yield "views.png", views(plt)
-    if kept.exists():
-        yield "first_run.svg", first_run(plt, read(kept))
+    if curve:
+        yield "first_run.svg", curve
     if separation:
         yield "separation_h.svg", heatmaps(plt, separation, "h")
         yield "separation_z.svg", heatmaps(plt, separation, "z")

@@ -66,7 +66,7 @@ def local_states(model, config, images, split, rounds, epochs):
 
 def embed(model, config, d_k, views):
     """One client's views (V, n, 3, H, W) -> unit rows h (V, n, 8 width) and z (V, n, D)."""
-    h, u = encode(model, views.flatten(0, 1))
+    h, u = encode(model, views.flatten(0, 1), config["amp"])
     z = hard_separation(u, d_k) if config["method"] == "hsd" else u
     return [F.normalize(rows, dim=1).cpu().view(*views.shape[:2], -1) for rows in (h, z)]
 
@@ -141,7 +141,7 @@ def main(argv=None):
     add("--images", type=number(int, 2), default=500, help="of a client, at most (%(default)s)")
     add("--views", action="store_true", help="embed two random views of each, not the image")
     add("--out", type=Path, default=Path("separation.jsonl"), help="(%(default)s)")
-    add("--data-dir", default="data", help="(%(default)s)")
+    add("--data-dir", help="(the run's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     args = parser.parse_args(argv)
     load = functools.cache(load_dataset)
@@ -157,7 +157,7 @@ def main(argv=None):
             known = {"run": run, "rounds": len(checkpoint["history"]), **asked}
             if any(known.items() <= line.items() for line in lines):
                 continue
-            images = load(config["dataset"], args.data_dir).train_x.to(device)
+            images = load(config["dataset"], args.data_dir or config["data_dir"]).train_x.to(device)
             measured = measure(checkpoint, model.to(device), images, *asked.values())
             lines += (new := [{**known, **values} for values in measured])
             with args.out.open("a") as file:

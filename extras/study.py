@@ -49,7 +49,7 @@ COLUMNS = {  # heading: key of eval.jsonl, factor, digits
     "s/round": ("seconds_per_round", 1, 1),
 }
 CURVES = ("knn", "align", "uniformity_h", "uniformity_z")  # of metrics.jsonl
-KEPT = ("rounds", "device", "data-dir")  # what a resumed run does not take from its checkpoint
+CHANGED = ("rounds", "device", "data-dir")  # what a resumed run takes from the study's flags
 TABLES = {
     "accuracy": ["LP %", "FT 1 %", "FT 10 %", "kNN %", "s/round"],
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
@@ -95,7 +95,7 @@ def train_one(script, flags, folder):
         if len(checkpoint["history"]) == asked["rounds"]:
             return
         flags = ["--resume", str(last)]
-        flags += [f"--{name}={asked[name.replace('-', '_')]}" for name in KEPT]
+        flags += [f"--{name}={asked[name.replace('-', '_')]}" for name in CHANGED]
     subprocess.run([sys.executable, ROOT / script, *flags], check=True)
 
 
@@ -115,7 +115,6 @@ def scores(folder, data_set, flags):
             line
             for line in lines
             if (line["dataset"], line["round"]) == (data_set, len(metrics))
-            and "flags" in line
             and all(args[name] == value for name, value in line["flags"].items())
         ]
 
@@ -218,8 +217,9 @@ def main(argv=None):
     lines = []
     try:
         if args.folder.suffix == ".md":
-            return args.folder.write_text(renew(args.folder.read_text()))
-        plans = {  # every flag is checked before the first run starts
+            page = args.folder.read_text(encoding="utf-8")
+            return args.folder.write_text(renew(page), encoding="utf-8")
+        plans = {  # every flag is parsed before the first run starts
             (row, seed): plan(row, seed, args.folder, common)
             for seed in args.seeds  # a whole table of the first seed comes first
             for row in args.rows
@@ -242,6 +242,8 @@ def main(argv=None):
         parser.error(str(error))
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # it has said why
+    except KeyboardInterrupt:
+        sys.exit(130)  # the same command goes on
     (args.folder / "scores.jsonl").write_text("".join(lines))
     print("\n" + tables(lines))
 

@@ -320,7 +320,7 @@ def test_alignment_is_on_random_ones_of_all_test_images(monkeypatch):
         return images, images
 
     monkeypatch.setattr(evaluation, "two_views", views)
-    monkeypatch.setattr(evaluation, "encode", lambda m, x: [1 + x.float()[:, :, 0, 0]] * 2)
+    monkeypatch.setattr(evaluation, "encode", lambda m, x, amp: [1 + x.float()[:, :, 0, 0]] * 2)
     monkeypatch.setattr(evaluation, "uniformity", lambda h: 0.0)
     for seed in (0, 1):
         evaluation.evaluate(SSDNet(2), data, epochs=1, seed=seed)
@@ -391,12 +391,27 @@ def test_a_checkpoint_that_is_none_is_one_line(checkpoint, damage, capsys):
     )
 
 
-def test_a_checkpoint_of_older_names_says_so(checkpoint):
+def test_the_script_takes_precision_and_data_folder_from_the_run(checkpoint, monkeypatch):
+    seen, load = [], evaluation.load_dataset
     content = torch.load(checkpoint)
-    content["model"] = {name.replace("conv1", "0", 1): v for name, v in content["model"].items()}
+    content["config"].update(amp=True, data_dir="elsewhere")
     torch.save(content, checkpoint)
-    with pytest.raises(ValueError, match="older version.*train anew"):
-        load_checkpoint(checkpoint)
+
+    def evaluate(*args):
+        seen.append(args[-1])
+        return {"linear_probe": 0.0, "knn": 0.0}
+
+    monkeypatch.setattr(evaluation, "load_dataset", lambda *a: (seen.append(a[1]), load(*a))[1])
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    evaluation.main([str(checkpoint), "--device", "cpu"])
+    evaluation.main([str(checkpoint), "--device", "cpu", "--data-dir", "here"])
+    assert seen == ["elsewhere", True, "here", True]
+
+
+def test_no_checkpoint_is_said_before_anything_else(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path / "nowhere/last.pt"), "--device", "cpu"])
+    assert stop.value.code == 2 and "no checkpoint at" in capsys.readouterr().err
 
 
 def test_a_checkpoint_comes_back_bit_equal(checkpoint):

@@ -115,6 +115,7 @@ def test_mistakes_are_one_line(runs, capsys):
         (["runs"], "runs"),
         (["runs/ssd-seed0/metrics.jsonl"], "metrics.jsonl is not a scores.jsonl of extras/study"),
         (["scores.jsonl", "--rows", "dsr"], "no row dsr in scores.jsonl: it has ssd, pd"),
+        (["--rows", "pd"], "--rows is of a study's scores: give their file before"),
         (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--first-run", "nowhere"], "nowhere/config.json"),

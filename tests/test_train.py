@@ -341,6 +341,7 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
         (["--batch-size", "1"], "--batch-size.*at least 2"),
         (["--width", "0"], "--width"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", "9" * 400], "--seed.*at most"),
         (["--device", "tpu"], "'tpu'.*--device cpu"),
         (["--device", "meta"], "'meta'.*--device cpu"),
         (["--device", "cuda:99"], "'cuda:99'.*--device cpu"),
