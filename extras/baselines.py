@@ -79,9 +79,9 @@ def fedx_relation(a, b, r, temperature=0.1, target_temperature=0.1):
         R = 1/2 [ KL(q || p_a) + KL(q || p_b) ],   p_a = softmax(cos(a, r) / T),  p_b likewise,
         q = 1/2 [ softmax(cos(a, r) / T') + softmax(cos(b, r) / T') ]
 
-    a, b (B, D) two views' embeddings, r (M, D) of other images -> (), >= 0; mean over
-    rows. Paper / public code: a Jensen-Shannon divergence, KL(p || q) / KL(q || p), q not detached,
-    as here.
+    a, b (B, D) two views' embeddings, r (M, D) of other images -> (), >= 0; mean over rows.
+    Paper / public code: a Jensen-Shannon divergence, KL(p || q) / KL(q || p), q not detached, as
+    here.
     """
     s = [F.normalize(v, dim=1) @ F.normalize(r, dim=1).T for v in (a, b)]
     q = sum(F.softmax(v / target_temperature, dim=1) for v in s) / 2
