@@ -78,7 +78,8 @@ def build_parser(methods=METHODS):
     add = parser.add_argument_group("align + beta uniform + gamma DSR + delta distill").add_argument
     add("--method", choices=methods, default="ssd", help="row of the ablation (%(default)s)")
     add("--beta", type=weight, default=1.0, help="weight of uniformity (%(default)s)")
-    add("--gamma", type=weight, help="weight of DSR, instead of the method's")
+    add("--gamma", type=weight, help="weight of DSR, instead of the method's; the paper's is 1, "
+        "its authors' code at batch 128 has about 0.05")
     add("--delta", type=weight, help="weight of distillation, instead of the method's")
     add("--scale", type=positive, default=10.0, help="a, factor on own dimensions (%(default)s)")
     add("--projector", action=switch, default=True, help="without it u is h itself (with)")
