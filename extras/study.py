@@ -11,15 +11,19 @@ and takes the mean of their scores. A row and a seed make one run folder (`local
 which is trained, and scored by eval.py, unless that is done: the same command goes on where it was
 stopped. Folders made with other flags are refused. All scores go to scores.jsonl in the study's
 folder, a line each, and with them what extras/figures.py draws of every round. The scale is the
-flags' business: without flags it is the paper's run.
+flags' business: without flags it is the paper's run. A small network leaves most of a GPU idle:
+with --jobs 10 ten runs share it, and each writes what it says to FOLDER.txt beside its folder. On
+a CPU OMP_NUM_THREADS=1 then keeps the runs out of each other's way.
 """
 
+import contextlib
 import json
 import re
 import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +80,11 @@ def plan(row, seed, folder, common):
     return [(script, [*flags, "--client", str(k)], folder / f"client-{k}") for k in range(clients)]
 
 
-def train_one(script, flags, folder):
-    """Train a run folder to its end, from its checkpoint if it has one; it may be there whole."""
+def train_one(script, flags, folder, output=None):
+    """Train a run folder to its end, from its checkpoint if it has one; it may be there whole.
+
+    output: a file for what the run prints.
+    """
     module, last = SCRIPTS[script], folder / "last.pt"
     asked, _ = train.read_config(module.build_parser(), flags, module.METHODS)
     flags = [*flags, "--out", str(folder)]
@@ -96,13 +103,15 @@ def train_one(script, flags, folder):
             return
         flags = ["--resume", str(last)]
         flags += [f"--{name}={asked[name.replace('-', '_')]}" for name in CHANGED]
-    subprocess.run([sys.executable, ROOT / script, *flags], check=True)
+    command = [sys.executable, ROOT / script, *flags]
+    subprocess.run(command, check=True, stdout=output, stderr=output)
 
 
-def scores(folder, data_set, flags):
+def scores(folder, data_set, flags, output=None):
     """The line of folder/eval.jsonl on a data set (None: the run's own), made if missing.
 
     With it seconds_per_round, the median, and knn_rounds and the like, lists of a value a round.
+    output: as for `train_one`.
     """
     metrics = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
     data_set = data_set or json.loads((folder / "config.json").read_text())["dataset"]
@@ -120,7 +129,7 @@ def scores(folder, data_set, flags):
 
     if not found():
         command = [sys.executable, ROOT / "eval.py", folder / "last.pt", *flags]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, stdout=output, stderr=output)
     if not metrics:
         return found()[-1]
     whole = [key for key in CURVES if all(key in line for line in metrics)]
@@ -210,11 +219,29 @@ def main(argv=None):
     )
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
     add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
+    count = evaluation.number(int, 1)
+    add("--jobs", type=count, default=1, metavar="N", help="so many runs at a time (%(default)s)")
     parser.epilog = "after --: train.py's flags, for all rows"
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]
     cut = argv.index("--")
     args, common = parser.parse_args(argv[:cut]), argv[cut + 1 : -1]
     lines = []
+
+    def finish(row_and_seed):
+        """Train and score what is missing of a row and a seed: its lines of scores.jsonl."""
+        (row, seed), runs, made = row_and_seed, plans[row_and_seed], []
+        said = Path(f"{runs[0][2]}.txt")
+        said.parent.mkdir(parents=True, exist_ok=True)
+        with said.open("a") if args.jobs > 1 else contextlib.nullcontext() as output:
+            for script, run_flags, folder in runs:
+                print(f"== {row}, seed {seed}: {folder}", flush=True)
+                train_one(script, run_flags, folder, output)
+            for data_set in (None, *args.transfer):
+                found = [scores(folder, data_set, flags, output) for _, _, folder in runs]
+                line = {"row": row, "seed": seed, "transfer": data_set, **mean(found)}
+                made.append(json.dumps(line) + "\n")
+        return made
+
     try:
         if args.folder.suffix == ".md":
             page = args.folder.read_text(encoding="utf-8")
@@ -230,17 +257,14 @@ def main(argv=None):
             raise ValueError("--evaluation has --dataset: that is what --transfer is for")
         if asked.own_images and args.transfer:
             raise ValueError("--own-images and --transfer exclude each other: run the study twice")
-        for (row, seed), runs in plans.items():
-            for script, run_flags, folder in runs:
-                print(f"== {row}, seed {seed}: {folder}", flush=True)
-                train_one(script, run_flags, folder)
-            for data_set in (None, *args.transfer):
-                found = [scores(folder, data_set, flags) for _, _, folder in runs]
-                line = {"row": row, "seed": seed, "transfer": data_set, **mean(found)}
-                lines.append(json.dumps(line) + "\n")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for made in (pool.map if args.jobs > 1 else map)(finish, plans):
+                lines += made
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except subprocess.CalledProcessError as error:
+        if args.jobs > 1:
+            print(f"a run has failed: {args.folder}/*.txt say why", file=sys.stderr)
         sys.exit(error.returncode)  # it has said why
     except KeyboardInterrupt:
         sys.exit(130)  # the same command goes on

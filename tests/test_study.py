@@ -1,6 +1,7 @@
 """extras/study.py: a table of methods and seeds that goes on where it was stopped."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     listed = []
 
-    def run(command, check):
+    def run(command, check, stdout, stderr):
         script, flags = Path(command[1]), [str(part) for part in command[2:]]
         listed.append(script.stem)
         scripts = {**study.SCRIPTS, "eval.py": evaluation}
@@ -93,6 +94,23 @@ def test_scores_of_another_protocol_are_no_scores_and_runs_of_other_flags_no_run
             study.main([*command, "--epochs 1 --finetune", "--", *other])
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert len(calls) == 3
+
+
+def test_several_at_a_time(tmp_path, monkeypatch):
+    """Real processes: scores in the order of the rows; what they print is in their files."""
+    monkeypatch.chdir(tmp_path)
+    rows = ["ssd --rounds 0", "pd --rounds 0"]
+    command = [sys.executable, study.__file__, "runs", "--jobs", "2", "--seeds", "3"]
+    flags = ["--rows", *rows, "--evaluation", "--epochs 1 --finetune", "--", *SMALL]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert done.returncode == 0 and "run folder" not in done.stdout
+    lines = Path("runs/scores.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == rows
+    assert "run folder runs/pd-rounds-0-seed3/" in Path("runs/pd-rounds-0-seed3.txt").read_text()
+    other = ["--rows", "dsr", "hsd", "--", *SMALL, "--dataset", "nowhere"]
+    failed = subprocess.run([*command, *other], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr == "a run has failed: runs/*.txt say why\n"
+    assert "'nowhere' is neither" in Path("runs/dsr-seed3.txt").read_text()
 
 
 def test_local_has_the_clients_of_a_split_file(tmp_path):
