@@ -230,8 +230,8 @@ def main(argv=None):
     def finish(row_and_seed):
         """Train and score what is missing of a row and a seed: its lines of scores.jsonl."""
         (row, seed), runs, made = row_and_seed, plans[row_and_seed], []
-        said = Path(f"{runs[0][2]}.txt")
-        said.parent.mkdir(parents=True, exist_ok=True)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        said = args.folder / f"{runs[0][2].relative_to(args.folder).parts[0]}.txt"
         with said.open("a") if args.jobs > 1 else contextlib.nullcontext() as output:
             for script, run_flags, folder in runs:
                 print(f"== {row}, seed {seed}: {folder}", flush=True)
