@@ -36,7 +36,7 @@ from eval import (  # noqa: E402
     pick_device,
     uniformity_parts,
 )
-from federated import average_states, copy_state, keyed_generator, train_client  # noqa: E402
+from federated import average_states, copy_state, federated_round, keyed_generator  # noqa: E402
 from losses import hard_separation, scaling_vectors  # noqa: E402
 from train import METHODS, make_loss  # noqa: E402
 
@@ -50,17 +50,22 @@ VALUES = {  # key of a line: heading
 
 
 def local_states(model, config, images, split, rounds, epochs):
-    """Each client's state dict after `epochs` epochs from the model's weights, as in a round."""
+    """Each client's state dict after `epochs` local epochs: round `rounds`, but for its average."""
+    if epochs == 0:
+        return [copy_state(model)] * len(split)
     own = baselines.make_options({"client": None, **config}, images, split)
-    loss = own.get("loss") or make_loss(config, len(split), images.device)
-    start, states = copy_state(model), []
-    rates = {"lr": config["lr"], "momentum": config["momentum"]}
-    for k, index in enumerate(split):
-        model.load_state_dict(start)
-        sgd = torch.optim.SGD(model.parameters(), weight_decay=config["weight_decay"], **rates)
-        draws, batch = keyed_generator(config["seed"], "client", rounds, k), config["batch_size"]
-        train_client(model, sgd, images, index, loss, k, draws, epochs, batch, start)
-        states.append(copy_state(model))
+    loss, states = own.get("loss") or make_loss(config, len(split), images.device), []
+    rates = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
+    sgd = torch.optim.SGD(model.parameters(), **rates)
+    flags = {"local_epochs": epochs, **{name: config[name] for name in ("batch_size", "seed")}}
+
+    def keep(sent, weights, global_state, r):
+        states.extend(sent)
+        return global_state
+
+    report = federated_round(model, sgd, images, split, loss, rounds, average=keep, **flags)
+    if report["left_out"]:
+        raise ValueError(f"clients {report['left_out']} diverge in the round: nothing to measure")
     return states
 
 
@@ -163,7 +168,7 @@ def main(argv=None):
             with args.out.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in new)
             print(f"{run}: measured", flush=True)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError, IndexError, FloatingPointError) as error:
         parser.error(str(error))
     print(table(lines, "h"), table(lines, "z"), sep="\n\n")
 

@@ -82,6 +82,24 @@ def test_the_round_is_the_one_that_resuming_trains():
     assert all(torch.equal(average[name], value) for name, value in resumed.items())
 
 
+def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):
+    def poisoned(config, clients, device):
+        real = train.make_loss(config, clients, device)
+
+        def loss(model, batch, k, *rest):
+            value, terms = real(model, batch, k, *rest)
+            return value * (float("nan") if k == 1 else 1), terms
+
+        return loss
+
+    train.main([*SMALL, "--out", "runs/a-seed0"])
+    monkeypatch.setattr(separation, "make_loss", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        separation.main(["runs/a-seed0/last.pt", "--device", "cpu"])
+    assert stop.value.code == 2 and "clients [1] diverge" in capsys.readouterr().err
+    assert not Path("separation.jsonl").exists()
+
+
 @pytest.mark.parametrize("flags, epochs", [(["--clients", "1"], 1), ([], 0)])
 def test_averaging_changes_nothing_with_one_client_or_equal_networks(flags, epochs):
     _, found = measured(*flags, epochs=epochs, count=20)
