@@ -3,7 +3,8 @@
     knn_accuracy       weighted k-nearest-neighbour vote, cosine similarity     per cent
     linear_probe       a linear classifier on frozen features                   per cent
     fine_tune          the whole network, on a few labels                       per cent
-    uniformity(_parts) log E exp(-t ||z - z'||^2), within and between clients   [-4t, 0]
+    uniformity         log E exp(-t ||z - z'||^2)                               [-4t, 0]
+    mean_parts         the same, t = 2, and within and between clients          [-8, 0]
     alignment          E ||z1 - z2||^2 over two views                           [0, 4]
     effective_rank     exp(entropy of the normalised singular values)           [1, D]
 
@@ -132,12 +133,12 @@ def _zero_head(h, labels):
 def uniformity_parts(h, client, t=2.0):
     """Global uniformity, and what each client and each pair of clients contributes to it.
 
-        total = log( sum_k w_k^2 E_kk + sum_{i != j} w_i w_j E_ij )
+        total = log( sum_k w_kk E_kk + sum_{i != j} w_ij E_ij )
         E_ij  = E exp(-t ||z - z'||^2), z of client i, z' of client j, two different rows
 
-    where z are h's rows on the unit sphere and w_i w_j is the share of the pairs (i, j).
+    where z are h's rows on the unit sphere and w_ij is the share of the pairs (i, j).
     h (N, D), client (N,) int64 ids below K -> total (), in [-4t, 0], lower is more uniform;
-    intra (K,), the terms w_k^2 E_kk; inter (K, K), the terms w_i w_j E_ij with a zero diagonal:
+    intra (K,), the terms w_kk E_kk; inter (K, K), the terms w_ij E_ij with a zero diagonal:
     total = log(intra.sum() + inter.sum()). ValueError for fewer than two rows.
     The paper prints this equation with a leading minus, which does not fit its own tables. This is
     the sign of Wang & Isola (2020), and the tables show -total.

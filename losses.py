@@ -134,7 +134,7 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
     h1, h2 (B, D) representations, u1, u2 (B, D) raw projector outputs, d_k (D,). uniform, dsr and
     distill are means over the views; a term of weight 0 is still reported. FedAlignUniform is
     gamma = delta = 0; hard=True replaces z by `hard_separation`. The weights are the paper's. Its
-    authors' code takes one norm / B, not the mean of squared norms: about gamma 0.05 at B = 128.
+    authors' DSR is one norm / B, no mean of squared norms: like gamma 0.05 here at B = 128.
     """
     h1, u1, h2, u2 = (v if v.dtype == torch.float64 else v.float() for v in (h1, u1, h2, u2))
     z1, z2 = (hard_separation(u, d_k) if hard else F.normalize(u, dim=1) for u in (u1, u2))
