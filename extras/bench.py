@@ -8,7 +8,8 @@ timed in interleaved blocks, so that a slow moment of the machine hits all of th
 is the median over the blocks, +- half the distance between the quartiles. The first row is the
 pipeline that this field's codes have: torchvision's transforms image by image in four DataLoader
 workers, float32, two forwards, every loss term read after every step. The rows below it run
-train.py's own loss through federated.py's local training. An operation is a launch, or more.
+train.py's own loss (one with the views outside) through federated.py's local training. An operation
+is a launch, or more.
 """
 
 import math
@@ -268,13 +269,13 @@ def main():
         f"TFLOP a step; {blocks} interleaved blocks of {steps} steps a row\n",
         flush=True,
     )
-    plain = {"nchw": True, "amp": False}
+    plain, last = {"nchw": True, "amp": False}, ", fused SGD" * cuda + ", float32" * (not amp)
     rows = [
         Row("per-sample transforms, 4 workers", args, device, loader=True, **plain),
         Row("views on the device, batched", args, device, **plain),
         Row("+ channels-last", args, device, amp=False),
         Row("+ bfloat16 autocast", args, device, amp=True),
-        Row("+ no wait" + ", float32" * (not amp) + ": ours", args, device, amp=amp, sync=False),
+        Row(f"+ no wait{last}: ours", args, device, amp=amp, sync=False),
     ]
     ours = rows[-1]
     if cuda or not args.quick:
@@ -305,7 +306,7 @@ def main():
     flops, medians = step_flops(args), [statistics.median(times[row]) for row in rows]
     for i, (row, median) in enumerate(zip(rows, medians)):
         low, _, high = statistics.quantiles(times[row], n=4)
-        peak = bf16 if amp and i >= 3 else fp32
+        peak = bf16 if i == 3 or (amp and i > 3) else fp32
         print(
             f"{row.name:36s}{1e3 * median:8.1f} +-{1e3 * (high - low) / 2:4.0f}"
             f"{2 * args.batch_size / median:9.0f}{medians[max(0, i - 1)] / median:8.2f}"

@@ -48,7 +48,7 @@ def dots(axis, x, y, size, **style):
 
 
 def sphere(plt):
-    """Two clients' points before and after DSR, seen from between their own axes."""
+    """Two clients' points before and after DSR, the half seen from between their own axes."""
     points = list(toy())
     view = torch.tensor([[-0.71, 0.0, 0.71], [-0.41, 0.82, -0.41], [0.58, 0.58, 0.58]])
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.7))

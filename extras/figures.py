@@ -25,7 +25,7 @@ from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, vie
 
 from data import load_dataset  # noqa: E402
 from eval import OneLineParser  # noqa: E402
-from train import METHODS, make_model, make_monitor  # noqa: E402
+from train import make_model, make_monitor  # noqa: E402
 
 
 def read(path):
@@ -79,8 +79,8 @@ def record(runs):
     left_out = {"lr", "seconds", "clients", "left_out"}
     for run in runs:
         config = json.loads((run / "config.json").read_text())
-        if config["method"] not in METHODS:
-            raise ValueError(f"{run} is of {config['method']}, whose loss has other terms")
+        if config["method"] != "ssd":
+            raise ValueError(f"{run} is of {config['method']}, not of ssd")
         parts = list(json.loads((run / "split.json").read_text()).values())
         monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
         untrained = make_model(config).to(memory_format=torch.channels_last)
@@ -98,7 +98,7 @@ def heatmaps(plt, lines, part):
             row = re.sub(r"-seed\d+", "", row)
             shown.setdefault(row, {}).setdefault(line["when"], line)
     matrices = [line["matrix"] for found in shown.values() for line in found.values()]
-    ends = {"vmin": np.min(matrices), "vmax": np.max(matrices)}  # one scale of colours
+    ends = {"vmin": min(map(np.min, matrices)), "vmax": max(map(np.max, matrices))}  # one scale
     size = {"figsize": (2.4 * len(shown) + 0.8, 5.6), "layout": "constrained"}
     figure, axes = plt.subplots(2, len(shown), squeeze=False, **size)
     for column, (row, found) in zip(axes.T, shown.items()):
@@ -195,6 +195,8 @@ def draw_all(plt, args):
     if args.rows and not args.scores:
         raise ValueError("--rows is of a study's scores: give their file before --rows")
     separation = read(args.separation) if args.separation else []
+    if not all("matrix" in line for line in separation):
+        raise ValueError(f"{args.separation} is not a file of extras/separation.py")
     clients = split(plt, args.split) if args.split else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
     lines = first or (read(kept) if kept.exists() else [])

@@ -56,6 +56,7 @@ def local_states(model, config, images, split, rounds, epochs):
     own = baselines.make_options({"client": None, **config}, images, split)
     loss, states = own.get("loss") or make_loss(config, len(split), images.device), []
     rates = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
+    rates["lr"] = own["lr"](rounds) if "lr" in own else rates["lr"]
     sgd = torch.optim.SGD(model.parameters(), **rates)
     flags = {"local_epochs": epochs, **{name: config[name] for name in ("batch_size", "seed")}}
 
@@ -153,6 +154,8 @@ def main(argv=None):
     try:
         device, text = pick_device(args.device), args.out.read_text() if args.out.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
+        if not all("matrix" in line for line in lines):
+            raise ValueError(f"{args.out} holds something else: choose another --out")
         for path in args.checkpoints:
             checkpoint, model = load_checkpoint(path)
             config, run = checkpoint["config"], str(Path(path).parent)

@@ -51,7 +51,9 @@ def names(folder):
 def test_all_figures_the_same_again_and_small(runs):
     pytest.importorskip("matplotlib")
     line = {"run": "runs/ssd-seed0", "rounds": 2, "epochs": 1, "matrix": [[1, 2], [2, 3.5]]}
-    lines = [{**line, "part": part, "when": when} for part in "hz" for when in ("before", "after")]
+    more = {"run": "runs/hsd-seed0", "matrix": np.ones((3, 3)).tolist()}  # of three clients
+    lines = [{"part": part, "when": when} for part in "hz" for when in ("before", "after")]
+    lines = [{**line, **own, **end} for own in ({}, more) for end in lines]
     Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     flags = ["scores.jsonl", "--separation", "lines.jsonl", "--split", "runs/ssd-seed0"]
     flags += ["--first-run", "runs/ssd-seed0", "runs/ssd-seed1", "--out"]
@@ -109,6 +111,7 @@ def test_a_figure_shows_the_scores_on_the_runs_own_data_set(runs):
 
 def test_mistakes_are_one_line(runs, capsys):
     pytest.importorskip("matplotlib")
+    train.main([*SMALL, "--method", "pd", "--rounds", "0", "--out", "runs/pd"])
     capsys.readouterr()
     for flags, words in (
         (["nowhere.jsonl"], "nowhere.jsonl"),
@@ -118,6 +121,8 @@ def test_mistakes_are_one_line(runs, capsys):
         (["--rows", "pd"], "--rows is of a study's scores: give their file before"),
         (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--separation", "scores.jsonl"], "scores.jsonl is not a file of extras/separation.py"),
+        (["--first-run", "runs/pd"], "runs/pd is of pd, not of ssd"),
         (["--first-run", "nowhere"], "nowhere/config.json"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "extras" / "flower"))
 
 import demo  # noqa: E402
 
+import train  # noqa: E402
 from data import dirichlet_split, draw_shapes  # noqa: E402
 
 K, WIDTH = 3, 16
@@ -121,6 +122,32 @@ def left_running(folder, seconds=20):
         if not found or time.time() > end:
             return found
         time.sleep(0.5)
+
+
+def test_prepare_goes_on_with_what_this_app_trains_and_nothing_else(monkeypatch, tmp_path):
+    import server_app
+
+    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset shapes --width 2 --clients 3 --alpha 1 --batch-size 16 --rounds 2".split()
+    for out, more in (
+        ("dsr", ["--method", "dsr", "--local-epochs", "1"]),
+        ("hsd", ["--method", "hsd", "--rounds", "0"]),
+        ("bare", ["--no-projector", "--rounds", "0"]),
+    ):
+        train.main([*flags, "--device", "cpu", "--out", out, *more])
+    config, split, model, history = server_app.prepare({"rounds": ""}, "dsr/last.pt")
+    assert (config["rounds"], config["gamma"], config["out"]) == (2, 1.0, "dsr")
+    assert len(split) == 3 and len(history) == 2
+    assert server_app.prepare({"rounds": 7}, "dsr/last.pt")[0]["rounds"] == 7
+    assert server_app.prepare({"rounds": "", "clients": 4}, "")[0]["rounds"] == 100
+    for rounds, checkpoint, words in (
+        (1, "dsr/last.pt", "rounds=1: 2 are done already"),
+        ("", "hsd/last.pt", "is of another method"),
+        ("", "bare/last.pt", "is of another method"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            server_app.prepare({"rounds": rounds}, checkpoint)
 
 
 def test_no_node_is_one_line(federation):

@@ -82,6 +82,23 @@ def test_the_round_is_the_one_that_resuming_trains():
     assert all(torch.equal(average[name], value) for name, value in resumed.items())
 
 
+def test_the_rate_is_that_of_the_round(monkeypatch):
+    checkpoint, _ = measured()
+    rates, (_, model) = [], load_checkpoint("runs/a-seed0/last.pt")
+
+    def note(model, optimizer, *_, **__):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return {"left_out": []}
+
+    monkeypatch.setattr(separation, "federated_round", note)
+    for method in ("ssd", "ssd-cosine"):
+        config = {**checkpoint["config"], "method": method, "rounds": 3}
+        separation.local_states(
+            model, config, draw_shapes(120, 40).train_x, checkpoint["split"], 1, 1
+        )
+    assert rates == pytest.approx([0.03, 0.03 * 0.75])  # (1 + cos(pi / 3)) / 2
+
+
 def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):
     def poisoned(config, clients, device):
         real = train.make_loss(config, clients, device)
@@ -140,6 +157,7 @@ def test_mistakes_are_one_line(capsys):
         (["nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["runs/fedprox/last.pt"], "is of fedprox"),
         (["runs/fedprox/last.pt", "--images", "1"], "at least 2"),
+        (["nowhere.pt", "--out", "runs/fedprox/metrics.jsonl"], "holds something else"),
     ):
         with pytest.raises(SystemExit) as stop:
             separation.main(flags)

@@ -61,10 +61,10 @@ def start(folder, name, *command, path=ROOT):
 def start_superlink(folder, address):
     """The server; returns when it listens."""
     host, port = address.split(":")
-    flags = f"--host {host} --port {port} --enable-supernode-auth "
-    flags += f"--ssl-certfile {folder}/server.pem --ssl-keyfile {folder}/server.key "
-    flags += f"--ssl-ca-certfile {folder}/server.pem --disable-runtime-dependency-installation"
-    process = start(folder, "superlink", "flower-superlink", *flags.split())
+    flags = f"--host {host} --port {port} --enable-supernode-auth".split()
+    flags += [f"--ssl-certfile={folder}/server.pem", f"--ssl-keyfile={folder}/server.key"]
+    flags += [f"--ssl-ca-certfile={folder}/server.pem", "--disable-runtime-dependency-installation"]
+    process = start(folder, "superlink", "flower-superlink", *flags)
     while socket.socket().connect_ex((host, int(port))):
         if process.poll() is not None:
             raise RuntimeError(f"the superlink has not started: see {folder}/superlink.log")
@@ -74,9 +74,9 @@ def start_superlink(folder, address):
 
 def start_node(folder, address, name, node_config, path=ROOT):
     """A client's node, with the key of that name."""
-    flags = f"--superlink {address} --root-certificates {folder}/server.pem --port {free_port()} "
-    flags += f"--auth-supernode-private-key {folder}/{name}"
-    command = "flower-supernode", *flags.split(), "--node-config", node_config
+    flags = f"--superlink={address}", f"--root-certificates={folder}/server.pem"
+    own = f"--port={free_port()}", f"--auth-supernode-private-key={folder}/{name}"
+    command = "flower-supernode", *flags, *own, "--node-config", node_config
     return start(folder, name, *command, path=path)
 
 

@@ -1,8 +1,8 @@
 """The server of a federation: federated.py's steps 1, 2 and 5, as a strategy of Flower.
 
-It sends weights, the round's number, the settings and, once to every node, its d_k; it never sees
-an image. It writes the run folder that train.py writes, for eval.py, and goes on from it with the
-run config  resume="runs/NAME/last.pt".
+It sends weights, the round's number, the settings and, once to every node, its d_k; without
+split-file it sees no image. It writes the run folder that train.py writes, for eval.py, and goes on
+from it with the run config  resume="runs/NAME/last.pt".
 """
 
 import time
@@ -31,28 +31,38 @@ def main(grid, context):
     """Run config -> network and nodes -> rounds -> run folder."""
     run_config = dict(context.run_config)
     resume, round_timeout, node_timeout = (run_config.pop(key) for key in OWN)
-    parser = train.build_parser()
-    parser.error = refuse
-    flags = [f"--{key}={value}" for key, value in run_config.items() if value != ""]
-    config = {**vars(parser.parse_args(flags)), "amp": False}
-    split, history = [], []
-    model = train.make_model(config).to(memory_format=torch.channels_last)
-    if config["split_file"]:
-        split = read_split(config["split_file"])
-    if resume:  # its settings hold, but for the number of rounds
-        checkpoint, model = load_checkpoint(resume)
-        own = {"rounds": config["rounds"], "out": str(Path(resume).parent)}
-        config, history = {**checkpoint["config"], **own}, checkpoint["history"]
-        split = [part.numpy() for part in checkpoint["split"]]
-    if split and len(split) != config["clients"]:
-        raise ValueError(f"run config: clients={config['clients']}, the split has {len(split)}")
+    config, split, model, history = prepare(run_config, resume)
     strategy = SSD(config, split, model, history, node_timeout, round_timeout)
     strategy.wait_for_nodes(grid)
     if not resume:
         open_run(config, split, model)
     arrays = ArrayRecord(model.state_dict())
     strategy.start(grid, arrays, config["rounds"] - len(history), timeout=round_timeout)
-    print(f"run folder {config['out']}/  next: python eval.py {config['out']}/last.pt", flush=True)
+    data = "" if split else " --dataset DATA"
+    out = config["out"]
+    print(f"run folder {out}/  next: python eval.py {out}/last.pt{data}", flush=True)
+
+
+def prepare(run_config, resume):
+    """Flags of train.py and "" or a last.pt -> config, split (or []), network, history."""
+    parser = train.build_parser()
+    parser.error = refuse
+    flags = [f"--{key}={value}" for key, value in run_config.items() if value != ""]
+    config = {**vars(parser.parse_args(flags)), "amp": False}
+    if resume:  # its settings hold, but that rounds may be raised
+        checkpoint, model = load_checkpoint(resume)
+        saved, history = checkpoint["config"], checkpoint["history"]
+        if saved["method"] not in train.METHODS.keys() - {"hsd"} or not saved["projector"]:
+            raise ValueError(f"{resume} is of another method than this app trains")
+        rounds = config["rounds"] if run_config["rounds"] != "" else saved["rounds"]
+        if rounds < len(history):
+            raise ValueError(f"run config: rounds={rounds}: {len(history)} are done already")
+        config = {**saved, "amp": False, "rounds": rounds, "out": str(Path(resume).parent)}
+        return config, [part.numpy() for part in checkpoint["split"]], model, history
+    split = read_split(config["split_file"]) if config["split_file"] else []
+    if split and len(split) != config["clients"]:
+        raise ValueError(f"run config: clients={config['clients']}, the split has {len(split)}")
+    return config, split, train.make_model(config).to(memory_format=torch.channels_last), []
 
 
 def refuse(message):
