@@ -469,10 +469,3 @@ def test_a_checkpoint_with_more_parts_is_not_train_pys(capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1
     assert "another script's: they differ in client" in err
-
-
-def test_eua_of_clients_alike_is_fedavg():
-    start, client = state([1.0, 2.0]), state([1.5, 1.0], 2.0, 3)
-    fedavg = average_states([client] * 3, [1, 2, 3])
-    eua = fedu2_average([client] * 3, [1, 2, 3], start)
-    assert all(torch.allclose(fedavg[name], eua[name]) for name in fedavg)

@@ -168,6 +168,38 @@ def test_rounds_clients_and_seeds_have_their_own_random_numbers():
     assert torch.equal(draws[0], torch.rand(4, generator=keyed_generator(*keys[0])))
 
 
+def test_every_round_and_seed_draws_its_own_clients_and_numbers():
+    split, seen = [range(5 * k, 5 * k + 5) for k in range(10)], []
+
+    def note(model, batch, k, generator, global_state):
+        seen.append((k, generator.initial_seed()))
+        return model(batch).square().mean(), {}
+
+    for seed in (0, 1):
+        options = {"participation": 0.3, "local_epochs": 1, "seed": seed}
+        reports = run(small_net(), 3, split, note, **options)
+        assert [len(report["clients"]) for report in reports] == [3] * 3
+    assert seen == [
+        (k, keyed_generator(seed, "client", r, k).initial_seed())
+        for seed in (0, 1)
+        for r in range(3)
+        for k in choose_clients(10, 0.3, keyed_generator(seed, "clients", r))
+    ]
+
+
+def test_terms_are_means_over_all_steps():
+    net, seen = small_net(), []
+
+    def loss(model, batch, *_):
+        value = model(batch).square().mean()
+        seen.append(value.item())
+        return value, {"twice": 2 * value.detach()}
+
+    terms = train_client(net, sgd(net), IMAGES, range(60), loss, 0, keyed_generator(0), 2, 8)
+    mean = sum(seen) / 14  # two epochs of seven full batches
+    assert terms == {"loss": pytest.approx(mean), "twice": pytest.approx(2 * mean)}
+
+
 def test_reports_are_averaged_by_samples():
     report = run(small_net(), rounds=1)[0]
     assert report["clients"] == [0, 1, 2]

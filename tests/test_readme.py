@@ -135,6 +135,17 @@ def test_the_tables_of_results_are_those_of_their_runs():
         assert all(separation.table(lines, part) in RESULTS for part in "hz"), name
 
 
+def test_the_readmes_results_are_those_of_their_runs():
+    rows = {"FedAlignUniform": "fedalignuniform", "+ distillation": "pd", "+ DSR": "dsr"}
+    rows |= {"SSD: both": "ssd", "SSD, gamma 0.2": "ssd --gamma 0.2", "HSD": "hsd"}
+    made = study.tables((ROOT / "assets/regime.jsonl").read_text().splitlines()).splitlines()
+    for start, row in rows.items():
+        (line,) = (line for line in README.splitlines() if line.startswith(f"| {start}"))
+        own = " ".join(found for found in made if found.startswith(f"| {row} |"))
+        cells = re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", line)
+        assert len(cells) >= 2 and all(f"| {cell} " in own for cell in cells), start
+
+
 def prose(page):
     """A page's lines, without what stands in ``` blocks."""
     return re.sub(r"^```.*?^```", "", page, flags=re.S | re.M).splitlines()

@@ -38,8 +38,9 @@ def measured(*flags, epochs=1, count=500, views=False, run="runs/a-seed0"):
     return checkpoint, {(values.pop("when"), values.pop("part")): values for values in found}
 
 
-def test_values_against_a_loop_over_pairs():
-    """z of local networks and their average, from the images up, one pair after the other."""
+@pytest.mark.parametrize("part", "hz")
+def test_values_against_a_loop_over_pairs(part):
+    """h or z of local networks and their average, from the images up, one pair after the other."""
     checkpoint, found = measured("--method", "dsr")
     split, (_, model) = checkpoint["split"], load_checkpoint("runs/a-seed0/last.pt")
     images = draw_shapes(120, 40).train_x
@@ -49,7 +50,7 @@ def test_values_against_a_loop_over_pairs():
         z = []
         for state, index in zip(networks, split):
             model.load_state_dict(state)
-            u = encode(model, images[index], amp=False)[1].double().numpy()
+            u = encode(model, images[index], amp=False)["hz".index(part)].double().numpy()
             z.append(u / np.linalg.norm(u, axis=1, keepdims=True))
         pairs = {(i, j): [] for i in range(3) for j in range(3)}
         for i, j in pairs:
@@ -60,7 +61,7 @@ def test_values_against_a_loop_over_pairs():
         means = [rows.mean(0) / np.linalg.norm(rows.mean(0)) for rows in z]
         intra = sum((pairs[k, k] for k in range(3)), [])
         inter = sum((pairs[i, j] for i, j in pairs if i != j), [])
-        values = found[when, "z"]
+        values = found[when, part]
         assert values["total"] == pytest.approx(-np.log(np.mean(intra + inter)), abs=1e-5)
         assert values["intra"] == pytest.approx(-np.log(np.mean(intra)), abs=1e-5)
         assert values["inter"] == pytest.approx(-np.log(np.mean(inter)), abs=1e-5)
@@ -68,7 +69,7 @@ def test_values_against_a_loop_over_pairs():
         assert values["cosine"] == pytest.approx(cosine, abs=1e-5)
         for (i, j), kernel in pairs.items():
             assert values["matrix"][i][j] == pytest.approx(-np.log(np.mean(kernel)), abs=1e-4)
-    assert found["before", "z"] != found["after", "z"]
+    assert found["before", part] != found["after", part]
 
 
 def test_the_round_is_the_one_that_resuming_trains():

@@ -13,6 +13,8 @@ import torch
 import train
 from data import draw_shapes
 from eval import load_checkpoint
+from federated import keyed_generator
+from losses import scaling_vectors
 from model import SSDNet
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +181,34 @@ def test_limit_is_a_fixed_subset_and_its_split_file_reads_back():
     Path("bare.json").write_text(json.dumps(list(split.values())))
     run("--limit 60 --split-file bare.json --out runs/c")
     assert same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
+    run("--limit 60 --seed 1 --out runs/d")
+    other = json.loads(Path("runs/d/split.json").read_text())
+    assert sorted(sum(other.values(), [])) == chosen and other != split
+
+
+def test_the_flags_reach_the_rounds(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(train, "train_federated", lambda *_, **options: seen.update(options) or [])
+    run("--participation 0.4 --seed 3 --local-epochs 2 --batch-size 8 --out runs/a")
+    expected = {"participation": 0.4, "seed": 3, "local_epochs": 2, "batch_size": 8, "rounds": 1}
+    assert expected.items() <= seen.items()
+
+
+def test_the_weights_and_the_clients_d_k_reach_the_objective():
+    flags = "--width 2 --beta 0.5 --gamma 2 --delta 3 --scale 7 --seed 4 --no-amp".split()
+    config, _ = train.read_config(train.build_parser(), flags)
+    seen = []
+
+    def objective(h1, u1, h2, u2, d_k, **weights):
+        seen.append((d_k, weights))
+        return h1.sum(), {}
+
+    loss = train.make_loss(config, 3, torch.device("cpu"), objective)
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    loss(SSDNet(2), images, 1, keyed_generator(0), None)
+    ((d_k, weights),) = seen
+    assert weights == {"beta": 0.5, "gamma": 2.0, "delta": 3.0, "hard": False}
+    assert torch.equal(d_k, scaling_vectors(3, 16, 7.0, seed=4)[1])
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_round(capsys):
