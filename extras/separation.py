@@ -56,7 +56,8 @@ def local_states(model, config, images, split, rounds, epochs):
     own = baselines.make_options({"client": None, **config}, images, split)
     loss, states = own.get("loss") or make_loss(config, len(split), images.device), []
     rates = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
-    rates["lr"] = own["lr"](rounds) if "lr" in own else rates["lr"]
+    if "lr" in own:  # a schedule
+        rates["lr"] = own["lr"](rounds)
     sgd = torch.optim.SGD(model.parameters(), **rates)
     flags = {"local_epochs": epochs, **{name: config[name] for name in ("batch_size", "seed")}}
 
