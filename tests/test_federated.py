@@ -333,7 +333,7 @@ def test_many_processes_equal_one(count, tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
         assert worker.exitcode == 0
     net = small_net()
     expected = run(net, rounds=2, loss=diverging(1))

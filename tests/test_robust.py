@@ -175,6 +175,6 @@ def test_a_process_that_dies_ends_the_run_and_one_process_goes_on():
 
 
 def test_a_mistake_under_torchrun_is_said_once():
-    _, err = script(*FLAGS, "--clients", "119", processes=2).communicate(timeout=60)
+    _, err = script(*FLAGS, "--clients", "119", processes=2).communicate(timeout=300)
     assert err.count("train.py: error: ") == 1 and "119 clients" in err
     assert list(Path().iterdir()) == []
