@@ -125,6 +125,8 @@ def _load_folder(root):
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{root}: train/ and {test_dir.name}/ differ in their classes: {odd[:5]}")
+    if len(test.samples) < 2:
+        raise ValueError(f"{root}: {test_dir.name}/ needs at least two images, it has one")
     train_x, test_x = (read_images(path for path, _ in part.samples) for part in (train, test))
     train_y, test_y = (torch.tensor(part.targets) for part in (train, test))
     return Images(train_x, train_y, test_x, test_y, train.classes)
@@ -278,23 +280,23 @@ def check_split(split, pool, num_clients, source):
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
-def two_views(images, generator, scale=(0.08, 1.0)):
+def two_views(images, generator):
     """Two random views of each image: uint8 (B, 3, H, W) -> two float32 (B, 3, H, W) in [0, 1].
 
-    The paper's augmentation: RandomResizedCrop(scale), horizontal flip 0.5,
+    The paper's augmentation: RandomResizedCrop of scale (0.08, 1), horizontal flip 0.5,
     ColorJitter(0.8, 0.8, 0.8, 0.2) with probability 0.8, grayscale 0.2; no normalisation. Every
     sample has its own parameters, drawn from `generator` (on the CPU, so that every device
     sees the same views).
     """
-    return make_views(images, draw_views(images, generator, scale))
+    return make_views(images, draw_views(images, generator))
 
 
-def draw_views(images, generator, scale=(0.08, 1.0)):
+def draw_views(images, generator):
     """The random half of `two_views`: `draw_params`' entries side by side, float32 (2B, 16).
 
     On the images' device, by one copy that nobody waits for.
     """
-    params = draw_params(2 * len(images), *images.shape[2:], generator, scale)
+    params = draw_params(2 * len(images), *images.shape[2:], generator)
     drawn = torch.cat([value.float().view(len(value), -1) for value in params.values()], 1)
     drawn = drawn.pin_memory() if images.device.type == "cuda" else drawn
     return drawn.to(images.device, non_blocking=True)

@@ -226,7 +226,8 @@ def pick_device(name="auto"):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not there: take --device cpu or auto") from error
+        hint = "take --device cpu or auto, or fewer processes"
+        raise ValueError(f"device {name!r} is not there: {hint}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: take --device cpu, cuda or auto")
     return device
@@ -338,7 +339,9 @@ def write_whole(path, content):
 
 
 def load_checkpoint(path):
-    """A checkpoint of train.py -> its dict, and its network on the CPU; no code in it is run.
+    """A checkpoint of train.py -> its dict, and its network on the CPU, in evaluation mode.
+
+    No code in it is run.
 
     Where a method has more parts than encoder and projector, they are left aside. ValueError if the
     file is no checkpoint, or its weights do not fit its own config.
@@ -359,7 +362,7 @@ def load_checkpoint(path):
         own = ("encoder.", "projector.")
         state = {name: v for name, v in checkpoint["model"].items() if name.startswith(own)}
         model.load_state_dict(state, assign=True)
-        return checkpoint, model.to(memory_format=torch.channels_last)
+        return checkpoint, model.eval().to(memory_format=torch.channels_last)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise ValueError(f"{path} is not a checkpoint of this train.py ({reason})") from error
@@ -471,7 +474,7 @@ def main(argv=None):
             raise ValueError(f"{record} cannot be written: copy the checkpoint elsewhere")
         dataset = args.dataset or config["dataset"]
         data = load_dataset(dataset, args.data_dir or config.get("data_dir", "data"))
-        if dataset == config["dataset"]:
+        if Path(dataset) == Path(config["dataset"]):
             client_of = torch.full((len(data.train_y),), -1)
             for k, index in enumerate(checkpoint["split"]):
                 client_of[index] = k
@@ -488,7 +491,10 @@ def main(argv=None):
         f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n"
     )
     asked = args.epochs, args.seed, args.finetune, config.get("amp")  # the precision of training
-    scores = evaluate(model.to(device), data, client_of, *asked)
+    try:
+        scores = evaluate(model.to(device), data, client_of, *asked)
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped\n")
     print_scores(scores)
     flags = {name: getattr(args, name) for name in ("epochs", "finetune", "own_images", "seed")}
     line = {

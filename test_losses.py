@@ -274,19 +274,6 @@ def test_hard_separation_leaves_other_dimensions_without_gradient():
     assert gradient[:, d_k == 1].abs().max() == 0 < gradient[:, d_k != 1].abs().max()
 
 
-def test_two_clients_that_follow_dsr_alone_part():
-    d, z = scaling_vectors(2, 8).double(), [unit_rows(seed=5).detach(), unit_rows(seed=6).detach()]
-    inter = [(-2 * torch.cdist(*z).square()).exp().mean()]
-    for _ in range(5):
-        for k in range(2):
-            point = z[k].requires_grad_()
-            z[k] = F.normalize(
-                point - torch.autograd.grad(dsr_loss(point, d[k]) * 0.6, point)[0], dim=1
-            ).detach()
-        inter.append((-2 * torch.cdist(*z).square()).exp().mean())
-    assert all(later < earlier for earlier, later in zip(inter, inter[1:]))
-
-
 def test_the_demonstration_shows_inter_client_uniformity_rising(capsys):
     losses.main()
     shown = [float(x) for x in re.findall(r"-L_uniform (\d\.\d+)", capsys.readouterr().out)]

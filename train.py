@@ -2,7 +2,7 @@ r"""Train SSD, or one of its ablations, on K simulated clients: from data to che
 
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
     python train.py --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 \
-        --local-epochs 1 --batch-size 64 --lr 0.03       # no download, two minutes on two cores
+        --local-epochs 1 --batch-size 64 --lr 0.03       # no download, three minutes on two cores
     python train.py --resume runs/NAME/last.pt
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
 
@@ -91,7 +91,7 @@ def build_parser(methods=METHODS):
     add = parser.add_argument_group("system").add_argument
     add("--width", type=count, default=64, help="channels at first; 64: ResNet-18 (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="of all draws but those of --limit, the kNN's images and shapes (%(default)s)")
+        help="of all draws but of --limit, shapes, the kNN's test images (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=switch, help="bfloat16 (where it is fast)")
     add("--compile", action=switch, default=False, help="torch.compile, CUDA graphs (%(default)s)")
@@ -107,6 +107,8 @@ def read_config(parser, argv=None, methods=METHODS):
     if config["resume"]:
         checkpoint, _ = load_checkpoint(config["resume"])
         saved = {**checkpoint["config"], "out": str(Path(config["resume"]).parent)}
+        if (script := saved.pop("script", parser.prog)) != parser.prog:
+            raise ValueError(f"{config['resume']} was trained by {script}: go on with that")
         if odd := ", ".join(sorted(saved.keys() ^ config.keys())):
             raise ValueError(f"{config['resume']} is another script's: they differ in {odd}")
         # as text, so that a checkpoint's values are checked like a user's
@@ -153,10 +155,10 @@ def make_model(config):
 def make_loss(config, num_clients, device, objective=ssd_loss):
     """The local loss for federated.py: two views -> the network -> SSD's objective with d_k."""
     hard = config["method"] == "hsd"
-    if hard and config["scale"] == 1:
-        raise ValueError("--method hsd needs --scale other than 1, which marks no dimension")
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
     d = scaling_vectors(num_clients, 8 * config["width"], config["scale"], config["seed"])
+    if hard and (d == 1).all():
+        raise ValueError("--method hsd needs --scale other than 1, which marks no dimension")
     d = d.to(device)
 
     def compute(model, images, drawn, d_k):
@@ -177,7 +179,7 @@ def make_loss(config, num_clients, device, objective=ssd_loss):
 
 
 def make_monitor(config, data, split):
-    """A cheap score of the model for every round, on a fixed random part of the images."""
+    """A cheap score of the model for every round, always on the same random images."""
     held = torch.from_numpy(np.concatenate(split))
     train = held[torch.randperm(len(held), generator=keyed_generator("monitor"))[:MONITOR_TRAIN]]
     test = torch.randperm(len(data.test_y), generator=keyed_generator("monitor"))[:MONITOR_TEST]
@@ -225,20 +227,21 @@ def make_progress(optimizer, config, split, history):
 
 def leave(error, folder, prog):
     """End a run that has begun with one line, why and how to go on, and an exit status."""
-    go_on, status = f"Go on with: python {prog} --resume {folder}/last.pt", 1
+    status, go_on = 1, f"Go on with: python {prog} --resume {folder}/last.pt" if folder else ""
+    no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if isinstance(error, KeyboardInterrupt):  # Ctrl-C, or SIGTERM
         status, why = 130, f"stopped. {go_on}" if folder else "stopped before the first round"
     elif isinstance(error, FloatingPointError):
         why = f"{error}. {folder} keeps the rounds before: start anew with a lower --lr"
-    elif isinstance(error, torch.OutOfMemoryError):
-        why = "out of GPU memory: start anew with a smaller --batch-size or --width"
+    elif no_memory:
+        why = "out of memory: start anew with a smaller --batch-size or --width"
     elif isinstance(error, OSError):
         why = f"{error}. The last checkpoint is whole. {go_on}"
     elif isinstance(error, dist.DistError) or "/gloo/" in str(error):  # gloo's are RuntimeErrors
-        why = f"another process has died ({str(error).splitlines()[0]}). {go_on}"
+        why = f"another process is not there ({str(error).splitlines()[0]}). {go_on}"
     else:  # a fault of the code itself
         raise error
-    if not processes()[0] or isinstance(error, (OSError, torch.OutOfMemoryError)):
+    if not processes()[0] or isinstance(error, OSError) or no_memory:
         print(f"{CLEAR}{why}", file=sys.stderr, flush=True)
     os._exit(status) if dist.is_initialized() else sys.exit(status)  # no waiting for the others
 
@@ -256,14 +259,15 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
     parser, folder = parser or build_parser(methods), None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # torchrun
-        dist.init_process_group(timeout=timedelta(days=1))
-    rank, world = processes()
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # torchrun
+            dist.init_process_group(timeout=timedelta(days=1))
+        rank, world = processes()
         if rank:  # the first process speaks, and checks everything before the others begin
             sys.stdout = None
             gather({})  # waits for all
         config, checkpoint = read_config(parser, argv, methods)
+        config["script"] = parser.prog
         device = pick_device(config["device"])
         config["amp"] = bf16_is_fast(device) if config["amp"] is None else config["amp"]
 

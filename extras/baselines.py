@@ -73,18 +73,18 @@ def nt_xent(x1, x2, temperature=0.1):
     return F.cross_entropy(logits, pair)
 
 
-def fedx_relation(a, b, r, temperature=0.1, target_temperature=0.1):
+def fedx_relation(a, b, r, temperature=0.1):
     """FedX's relational term: two views should be alike to other images in the same way.
 
         R = 1/2 [ KL(q || p_a) + KL(q || p_b) ],   p_a = softmax(cos(a, r) / T),  p_b likewise,
-        q = 1/2 [ softmax(cos(a, r) / T') + softmax(cos(b, r) / T') ]
+        q = 1/2 [ softmax(cos(a, r) / T) + softmax(cos(b, r) / T) ]
 
     a, b (B, D) two views' embeddings, r (M, D) of other images -> (), >= 0; mean over rows.
     Paper / public code: a Jensen-Shannon divergence, KL(p || q) / KL(q || p), q not detached, as
     here.
     """
     s = [F.normalize(v, dim=1) @ F.normalize(r, dim=1).T for v in (a, b)]
-    q = sum(F.softmax(v / target_temperature, dim=1) for v in s) / 2
+    q = sum(F.softmax(v / temperature, dim=1) for v in s) / 2
     return (
         sum(F.kl_div(F.log_softmax(v / temperature, dim=1), q, reduction="batchmean") for v in s)
         / 2
@@ -104,8 +104,8 @@ def fedx_loss(z1, z2, p1, p2, global_z2, r, global_r, temperature=0.1):
     terms = {
         "contrast": nt_xent(z1, z2, temperature),
         "global_contrast": nt_xent(p1, global_z2, temperature),
-        "relation": fedx_relation(z1, z2, r, temperature, temperature),
-        "global_relation": fedx_relation(p1, p2, global_r, temperature, temperature),
+        "relation": fedx_relation(z1, z2, r, temperature),
+        "global_relation": fedx_relation(p1, p2, global_r, temperature),
     }
     return sum(terms.values()), {name: term.detach() for name, term in terms.items()}
 
@@ -164,17 +164,15 @@ def min_norm_weights(updates, steps=10_000):
     return a
 
 
-def fedu2_average(states, weights, global_state, step=None):
+def fedu2_average(states, weights, global_state, r):
     """EUA, FedU2's efficient unified aggregator: a step that lowers every client's loss alike.
 
         g_k = (w - w_k) / ||w - w_k||,   w <- w - step sum_k a_k g_k,   a = min_norm_weights(g)
 
     over all trained tensors as one vector; BatchNorm's statistics are averaged by samples. A client
-    that has not moved is left out. step: by default the mean of ||w - w_k||, so that equal clients
-    give FedAvg. Paper / public code: ADMM / a min-norm solver, a step of 0.1 or 8 depending on the
-    file.
+    that has not moved is left out. step: the mean of ||w - w_k||, so that equal clients give
+    FedAvg. Paper / public code: ADMM / a min-norm solver, a step of 0.1 or 8 depending on the file.
     """
-    states = list(states)
     means = average_states(states, weights)
     trained = [
         name
@@ -191,8 +189,7 @@ def fedu2_average(states, weights, global_state, step=None):
     moved = norms > 0
     if moved.any():
         g = updates[moved] / norms[moved, None]
-        step = norms[moved].mean() if step is None else step
-        start = start - step * (min_norm_weights(g) @ g)
+        start = start - norms[moved].mean() * (min_norm_weights(g) @ g)
     parts = start.split([means[name].numel() for name in trained])
     new = {name: part.view_as(means[name]).to(means[name]) for name, part in zip(trained, parts)}
     return {**means, **new}
@@ -201,7 +198,7 @@ def fedu2_average(states, weights, global_state, step=None):
 # ---------------------------------------------------------------------------- L-DAWA
 
 
-def ldawa_average(global_state, states):
+def ldawa_average(states, weights, global_state, r):
     """L-DAWA (Rehman et al., ICCV 2023): every tensor weighted by its angle to the global one.
 
         w <- 1/K sum_k delta_k w_k,   delta_k = min(1, cos(w_k, w))
@@ -212,7 +209,8 @@ def ldawa_average(global_state, states):
     FedAvg by samples, as in the public code: from random weights the angles are so wide that the
     weights, and with them the representation, shrink to nothing.
     """
-    states = list(states)
+    if r < 2:
+        return average_states(states, weights)
 
     def average(name):
         tensors, w = [state[name].double() for state in states], global_state[name].double()
@@ -243,20 +241,18 @@ def fedprox_term(model, global_state):
 # ---------------------------------------------------------------------------- open choices of SSD
 
 
-@functools.cache
 def random_axes(dim):
     """An orthonormal basis (D, D), float32, always the same one for its size."""
     draws = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(draws).Q
 
 
-def authors_dsr(z, d_k):
+def authors_dsr(z, d_k, q):
     """DSR as the authors' code has it: ||z - stopgrad(target)||_F / B, z unit rows (B, D) -> ().
 
-    target = Q (Q^T z * d_k), back on the sphere, Q random axes. The norm is of the whole batch and
-    not squared: the gradient for z is (z - target) / (B ||z - target||_F).
+    target = Q (Q^T z * d_k), back on the sphere, q: `random_axes`. The norm is of the whole batch
+    and not squared: the gradient for z is (z - target) / (B ||z - target||_F).
     """
-    q = random_axes(z.shape[1]).to(z)
     target = F.normalize((z.detach() @ q * d_k) @ q.T, dim=1)
     return (z - target).norm() / len(z)
 
@@ -323,19 +319,17 @@ def make_options(config, images, split):
                     f"--{weight} {config[weight]:g}: --method {name} has no such term, leave it out"
                 )
     if name == "ldawa":
-        method["average"] = lambda states, weights, global_state, r: (
-            ldawa_average(global_state, states) if r >= 2 else average_states(states, weights)
-        )
+        method["average"] = ldawa_average
     if name == "fedu2":
-        method["average"] = lambda states, weights, global_state, r: fedu2_average(
-            states, weights, global_state
-        )
+        method["average"] = fedu2_average
     if name in LOSSES:
         if config["compile"]:
             raise ValueError(f"--compile does not work with --method {name}: leave it out")
         method["loss"] = make_loss(config, images, split)
     if name in CHOICES:
         _, dsr, distill = CHOICES[name]
+        if dsr is authors_dsr:
+            dsr = functools.partial(dsr, q=random_axes(8 * config["width"]).to(images.device))
         changed = functools.partial(objective, dsr=dsr, distill=distill)
         method["loss"] = train.make_loss(config, len(split), images.device, changed)
     if name == "ssd-cosine":

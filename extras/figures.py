@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, views  # noqa: E402
+from separation import row_name  # noqa: E402
 
 from data import load_dataset  # noqa: E402
 from eval import OneLineParser  # noqa: E402
@@ -94,8 +95,7 @@ def heatmaps(plt, lines, part):
     shown = {}
     for line in lines:
         if line["part"] == part:
-            row = f"{Path(line['run']).name}\nround {line['rounds']}, E = {line['epochs']}"
-            row = re.sub(r"-seed\d+", "", row)
+            row = row_name(line).replace(", ", "\n", 1)
             shown.setdefault(row, {}).setdefault(line["when"], line)
     matrices = [line["matrix"] for found in shown.values() for line in found.values()]
     ends = {"vmin": min(map(np.min, matrices)), "vmax": max(map(np.max, matrices))}  # one scale
@@ -132,7 +132,8 @@ def split(plt, run):
     axis.set_xticks(range(len(counts)), [f"{k}\n{n:,}" for k, n in enumerate(counts.sum(1))])
     axis.tick_params(axis="x", labelsize=11)
     axis.set(
-        xlabel="client, and its number of images", title=f"Dirichlet({config['alpha']:g}) split"
+        xlabel="client, and its number of images",
+        title="split" if config["split_file"] else f"Dirichlet({config['alpha']:g}) split",
     )
     axis.margins(0.08)
     return figure
@@ -183,6 +184,8 @@ def find_rows(path, asked=None):
             raise ValueError(f"{path} is not a scores.jsonl of extras/study.py")
         if not line["transfer"]:
             rows.setdefault(line["row"], []).append(line)
+    if not rows:
+        raise ValueError(f"{path} has no scores on a study's own data set")
     for row in asked or []:
         if row not in rows:
             raise ValueError(f"no row {row} in {path}: it has {', '.join(rows)}")

@@ -53,11 +53,12 @@ def local_states(model, config, images, split, rounds, epochs):
     """Each client's state dict after `epochs` local epochs: round `rounds`, but for its average."""
     if epochs == 0:
         return [copy_state(model)] * len(split)
+    config = {**config, "compile": False}  # one round is too short for it
     own = baselines.make_options({"client": None, **config}, images, split)
     loss, states = own.get("loss") or make_loss(config, len(split), images.device), []
     rates = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
     if "lr" in own:  # a schedule
-        rates["lr"] = own["lr"](rounds)
+        rates["lr"] = own["lr"](min(rounds, config["rounds"] - 1))
     sgd = torch.optim.SGD(model.parameters(), **rates)
     flags = {"local_epochs": epochs, **{name: config[name] for name in ("batch_size", "seed")}}
 
@@ -119,6 +120,12 @@ def measure(checkpoint, model, images, epochs, count, two):
             yield {**values, "alignment": alignment(*views)} if two else values
 
 
+def row_name(line):
+    """A row's name in tables and figures: the run without folder and seed, its rounds, E."""
+    row = re.sub(r"-seed\d+$", "", Path(line["run"]).name)
+    return f"{row}, round {line['rounds']}, E = {line['epochs']}"
+
+
 def table(lines, part):
     """Markdown of the lines of h or z, mean ± std over the seeds of a row."""
     columns = {key: name for key, name in VALUES.items() if any(key in line for line in lines)}
@@ -126,11 +133,9 @@ def table(lines, part):
     text.append("|---" * (len(columns) + 2) + "|")
     rows = {}
     for line in (line for line in lines if line["part"] == part):
-        row = re.sub(r"-seed\d+$", "", line["run"])
-        key = row, *(line[name] for name in ("rounds", "epochs", "images", "views", "when"))
-        rows.setdefault(key, []).append(line)
-    for (row, rounds, epochs, _, _, when), runs in rows.items():
-        cells = [f"{Path(row).name}, round {rounds}, E = {epochs}, {when}"]
+        rows.setdefault(f"{row_name(line)}, {line['when']}", []).append(line)
+    for row, runs in rows.items():
+        cells = [row]
         for key in columns:
             values = [run[key] for run in runs if key in run]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -164,8 +169,13 @@ def main(argv=None):
                 raise ValueError(f"{path} is of {config['method']}, not SSD or one of its rows")
             asked = {"epochs": args.epochs, "images": args.images, "views": args.views}
             known = {"run": run, "rounds": len(checkpoint["history"]), **asked}
-            if any(known.items() <= line.items() for line in lines):
+            same = [line for line in lines if row_name(line) == row_name(known)]
+            if any(known.items() <= line.items() for line in same):
                 continue
+            kinds = [(Path(x["run"]).parent, x["images"], x["views"]) for x in (known, *same)]
+            if len(set(kinds)) > 1:
+                what = f"{row_name(known)} of another folder, --images or --views"
+                raise ValueError(f"{args.out} has {what}: choose another --out")
             images = load(config["dataset"], args.data_dir or config["data_dir"]).train_x.to(device)
             measured = measure(checkpoint, model.to(device), images, *asked.values())
             lines += (new := [{**known, **values} for values in measured])

@@ -9,11 +9,12 @@ A row is a method of train.py or of a script in extras/ and, if need be, more of
 follows `--` is common to all rows. The row `local` trains every client alone, by align + uniform,
 and takes the mean of their scores. A row and a seed make one run folder (`local`: one a client),
 which is trained, and scored by eval.py, unless that is done: the same command goes on where it was
-stopped. Folders made with other flags are refused. All scores go to scores.jsonl in the study's
-folder, a line each, and with them what extras/figures.py draws of every round. The scale is the
-flags' business: without flags it is the paper's run. One run of a small network does not fill a
-GPU: with --jobs 10 ten share it, and each writes what it says to FOLDER.txt beside its folder. On a
-CPU OMP_NUM_THREADS=1 then keeps the runs out of each other's way.
+stopped. Folders made with other flags are refused. The scores of the command's rows go to
+scores.jsonl in the study's folder, in place of an earlier command's, a line each, and with them
+what extras/figures.py draws of every round. The scale is the flags' business: without flags it is
+the paper's run. One run of a small network does not fill a GPU: with --jobs 10 ten share it, and
+each writes what it says to FOLDER.txt beside its folder. On a CPU OMP_NUM_THREADS=1 then keeps the
+runs out of each other's way.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """data.py: the split is a partition, the views equal torchvision's, folders of any images load."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -242,6 +243,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def keep_one_test_image(root):
+    shutil.rmtree(root / "train" / "dog"), shutil.rmtree(root / "val" / "dog")
+    for path in sorted((root / "val").rglob("*.*"))[1:]:
+        path.unlink()
+
+
 def test_a_folder_of_any_images_loads(folder):
     images = load_dataset(str(folder))
     assert images.train_x.shape == (12, 3, 32, 32) and images.train_x.dtype == torch.uint8
@@ -273,6 +280,7 @@ def test_a_folder_of_any_images_loads(folder):
             r"differ in their classes.*wolf",
         ),
         (lambda root: (root / "train" / "empty").mkdir(), "empty"),
+        (keep_one_test_image, "val/ needs at least two images"),
     ],
 )
 def test_a_broken_folder_says_what_is_wrong(folder, damage, words):

@@ -221,6 +221,11 @@ def checkpoint(tmp_path, monkeypatch):
     return tmp_path / "last.pt"
 
 
+def test_a_checkpoints_network_is_ready_to_use(checkpoint):
+    _, net = load_checkpoint(checkpoint)
+    assert not any(module.training for module in net.modules())
+
+
 def records(checkpoint):
     return [json.loads(line) for line in (checkpoint.parent / "eval.jsonl").open()]
 
@@ -250,7 +255,7 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
 
 def test_own_images_are_those_that_the_clients_hold(checkpoint, capsys):
     flags = ["--epochs", "1", "--device", "cpu", "--finetune"]
-    evaluation.main([str(checkpoint), *flags, "--own-images", "--seed", "3"])
+    evaluation.main([str(checkpoint), *flags, "--own-images", "--seed", "3", "--dataset=shapes/"])
     printed = capsys.readouterr().out
     assert "150 training and 100 test" in printed and "fine-tuned" not in printed
     (line,) = records(checkpoint)
@@ -259,6 +264,17 @@ def test_own_images_are_those_that_the_clients_hold(checkpoint, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(checkpoint), *flags, "--own-images", "--dataset", "cifar10"])
     assert stop.value.code == 2
+
+
+def test_ctrl_c_is_one_line(checkpoint, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main([str(checkpoint), "--device", "cpu"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped\n"
+    assert not checkpoint.with_name("eval.jsonl").exists()
 
 
 def test_transfer_has_no_clients(checkpoint, capsys):

@@ -113,11 +113,14 @@ def test_mistakes_are_one_line(runs, capsys):
     pytest.importorskip("matplotlib")
     train.main([*SMALL, "--method", "pd", "--rounds", "0", "--out", "runs/pd"])
     capsys.readouterr()
+    (line, *_) = figures.read(Path("scores.jsonl"))
+    Path("transfer.jsonl").write_text(json.dumps({**line, "transfer": "cifar10"}))
     for flags, words in (
         (["nowhere.jsonl"], "nowhere.jsonl"),
         (["runs"], "runs"),
         (["runs/ssd-seed0/metrics.jsonl"], "metrics.jsonl is not a scores.jsonl of extras/study"),
         (["scores.jsonl", "--rows", "dsr"], "no row dsr in scores.jsonl: it has ssd, pd"),
+        (["transfer.jsonl"], "transfer.jsonl has no scores on a study's own data set"),
         (["--rows", "pd"], "--rows is of a study's scores: give their file before"),
         (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -20,6 +20,7 @@ from federated import average_states
 
 SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
 SMALL += "--local-epochs 1 --lr 0.03 --device cpu --no-amp".split()
+LAST = "runs/a-seed0/last.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def measured(*flags, epochs=1, count=500, views=False, run="runs/a-seed0"):
 def test_values_against_a_loop_over_pairs(part):
     """h or z of local networks and their average, from the images up, one pair after the other."""
     checkpoint, found = measured("--method", "dsr")
-    split, (_, model) = checkpoint["split"], load_checkpoint("runs/a-seed0/last.pt")
+    split, (_, model) = checkpoint["split"], load_checkpoint(LAST)
     images = draw_shapes(120, 40).train_x
     states = separation.local_states(model, checkpoint["config"], images, split, 1, 1)
     average = average_states(states, list(map(len, split)))
@@ -74,30 +75,38 @@ def test_values_against_a_loop_over_pairs(part):
 
 def test_the_round_is_the_one_that_resuming_trains():
     checkpoint, _ = measured()
-    _, model = load_checkpoint("runs/a-seed0/last.pt")
+    _, model = load_checkpoint(LAST)
     split, images = checkpoint["split"], draw_shapes(120, 40).train_x
     states = separation.local_states(model, checkpoint["config"], images, split, 1, 1)
     average = average_states(states, list(map(len, split)))
-    train.main(["--resume", "runs/a-seed0/last.pt", "--rounds", "2", "--device", "cpu"])
-    resumed = torch.load("runs/a-seed0/last.pt", weights_only=True)["model"]
+    train.main(["--resume", LAST, "--rounds", "2", "--device", "cpu"])
+    resumed = torch.load(LAST, weights_only=True)["model"]
     assert all(torch.equal(average[name], value) for name, value in resumed.items())
 
 
 def test_the_rate_is_that_of_the_round(monkeypatch):
     checkpoint, _ = measured()
-    rates, (_, model) = [], load_checkpoint("runs/a-seed0/last.pt")
+    rates, (_, model) = [], load_checkpoint(LAST)
 
     def note(model, optimizer, *_, **__):
         rates.append(optimizer.param_groups[0]["lr"])
         return {"left_out": []}
 
     monkeypatch.setattr(separation, "federated_round", note)
-    for method in ("ssd", "ssd-cosine"):
+    for method, done in (("ssd", 1), ("ssd-cosine", 1), ("ssd-cosine", 3)):
         config = {**checkpoint["config"], "method": method, "rounds": 3}
         separation.local_states(
-            model, config, draw_shapes(120, 40).train_x, checkpoint["split"], 1, 1
+            model, config, draw_shapes(120, 40).train_x, checkpoint["split"], done, 1
         )
-    assert rates == pytest.approx([0.03, 0.03 * 0.75])  # (1 + cos(pi / 3)) / 2
+    # (1 + cos(pi / 3)) / 2; of a finished run the last round's, (1 + cos(2 pi / 3)) / 2
+    assert rates == pytest.approx([0.03, 0.03 * 0.75, 0.03 * 0.25])
+
+
+def test_one_round_is_not_compiled(monkeypatch):
+    checkpoint, _ = measured()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    config, (_, model) = {**checkpoint["config"], "compile": True}, load_checkpoint(LAST)
+    separation.local_states(model, config, draw_shapes(120, 40).train_x, checkpoint["split"], 1, 1)
 
 
 def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):
@@ -113,7 +122,7 @@ def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):
     train.main([*SMALL, "--out", "runs/a-seed0"])
     monkeypatch.setattr(separation, "make_loss", poisoned)
     with pytest.raises(SystemExit) as stop:
-        separation.main(["runs/a-seed0/last.pt", "--device", "cpu"])
+        separation.main([LAST, "--device", "cpu"])
     assert stop.value.code == 2 and "clients [1] diverge" in capsys.readouterr().err
     assert not Path("separation.jsonl").exists()
 
@@ -153,12 +162,18 @@ def test_the_script_measures_once_and_prints_mean_and_spread(capsys):
 
 def test_mistakes_are_one_line(capsys):
     baselines.main([*SMALL, "--method", "fedprox", "--out", "runs/fedprox"])
+    train.main([*SMALL, "--out", "runs/a-seed0"])
+    line = {"matrix": [], "rounds": 1, "epochs": 1, "images": 500, "views": False}
+    for name, run in (("other", "runs/wide/a-seed1"), ("kept", "runs/a-seed1")):
+        Path(f"{name}.jsonl").write_text(json.dumps({**line, "run": run}))
     capsys.readouterr()
     for flags, words in (
         (["nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["runs/fedprox/last.pt"], "is of fedprox"),
         (["runs/fedprox/last.pt", "--images", "1"], "at least 2"),
         (["nowhere.pt", "--out", "runs/fedprox/metrics.jsonl"], "holds something else"),
+        ([LAST, "--out", "other.jsonl"], "of another folder, --images or --views: choose"),
+        ([LAST, "--views", "--out", "kept.jsonl"], "of another folder, --images or --views"),
     ):
         with pytest.raises(SystemExit) as stop:
             separation.main(flags)

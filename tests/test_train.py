@@ -458,6 +458,7 @@ def with_split(*parts):
         (with_config(method="../x"), "--method"),
         (with_config(dataset="../x"), "'../x'"),
         (with_config(no_such_flag=1), "no_such_flag"),
+        (with_config(script="mine.py"), "last.pt was trained by mine.py: go on with that"),
         (with_config(clients=2), "--clients 2.*has 3"),
         (with_split(*PARTITION[:1], PARTITION[0]), "names twice image 0"),
         (with_split(*PARTITION, [120, 121]), "image 120"),
@@ -488,6 +489,26 @@ def test_a_strangers_checkpoint_is_checked_before_it_is_used(spoil, words, a_run
     assert len(err.strip().splitlines()) == 1, err
     assert re.search(words, err), err
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_too_little_memory_is_one_line(capsys):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train.leave(error, None, "train.py")
+        assert stop.value.code == 1
+        assert capsys.readouterr().err.startswith("out of memory: start anew with a smaller")
+
+
+def test_processes_that_do_not_know_their_number_are_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a cluster sets it, without torchrun's RANK
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        train.main(SMALL)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "RANK" in err and len(err.strip().splitlines()) == 1
 
 
 def test_the_papers_command_without_data_says_what_to_do(tmp_path):

@@ -11,7 +11,7 @@ import logging
 def one_line(record):
     """A filter of Flower's log: a mistake of the user's has no traceback."""
     error = record.exc_info and record.exc_info[1]
-    if isinstance(error, (ValueError, OSError, ImportError)):
+    if isinstance(error, (ValueError, OSError, IndexError, ImportError)):
         record.msg, record.args, record.exc_info = "%s", (error,), None
     return True
 
