@@ -130,11 +130,13 @@ def test_prepare_goes_on_with_what_this_app_trains_and_nothing_else(monkeypatch,
     monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
     monkeypatch.chdir(tmp_path)
     flags = "--dataset shapes --width 2 --clients 3 --alpha 1 --batch-size 16 --rounds 2".split()
-    for out, more in (
-        ("dsr", ["--method", "dsr", "--local-epochs", "1"]),
-        ("hsd", ["--method", "hsd", "--rounds", "0"]),
-        ("bare", ["--no-projector", "--rounds", "0"]),
+    for out, script, more in (
+        ("dsr", "train.py", ["--method", "dsr", "--local-epochs", "1"]),
+        ("hsd", "train.py", ["--method", "hsd", "--rounds", "0"]),
+        ("bare", "train.py", ["--no-projector", "--rounds", "0"]),
+        ("mine", "mine.py", ["--rounds", "0"]),
     ):
+        monkeypatch.setattr(sys, "argv", [script])
         train.main([*flags, "--device", "cpu", "--out", out, *more])
     config, split, model, history = server_app.prepare({"rounds": ""}, "dsr/last.pt")
     assert (config["rounds"], config["gamma"], config["out"]) == (2, 1.0, "dsr")
@@ -145,6 +147,7 @@ def test_prepare_goes_on_with_what_this_app_trains_and_nothing_else(monkeypatch,
         (1, "dsr/last.pt", "rounds=1: 2 are done already"),
         ("", "hsd/last.pt", "is of another method"),
         ("", "bare/last.pt", "is of another method"),
+        ("", "mine/last.pt", "is of another method"),
     ):
         with pytest.raises(ValueError, match=words):
             server_app.prepare({"rounds": rounds}, checkpoint)

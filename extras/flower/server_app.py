@@ -52,7 +52,8 @@ def prepare(run_config, resume):
     if resume:  # its settings hold, but that rounds may be raised
         checkpoint, model = load_checkpoint(resume)
         saved, history = checkpoint["config"], checkpoint["history"]
-        if saved["method"] not in train.METHODS.keys() - {"hsd"} or not saved["projector"]:
+        known = saved["method"] in train.METHODS.keys() - {"hsd"} and saved["projector"]
+        if not known or saved.get("script", "train.py") != "train.py":
             raise ValueError(f"{resume} is of another method than this app trains")
         rounds = config["rounds"] if run_config["rounds"] != "" else saved["rounds"]
         if rounds < len(history):
