@@ -155,10 +155,10 @@ def make_model(config):
 def make_loss(config, num_clients, device, objective=ssd_loss):
     """The local loss for federated.py: two views -> the network -> SSD's objective with d_k."""
     hard = config["method"] == "hsd"
+    if hard and np.float32(config["scale"]) == 1:
+        raise ValueError("--method hsd needs --scale other than 1, which marks no dimension")
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
     d = scaling_vectors(num_clients, 8 * config["width"], config["scale"], config["seed"])
-    if hard and (d == 1).all():
-        raise ValueError("--method hsd needs --scale other than 1, which marks no dimension")
     d = d.to(device)
 
     def compute(model, images, drawn, d_k):
