@@ -365,6 +365,7 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
         (["--delta", "-0.1"], "--delta"),
         (["--scale", "0"], "--scale"),
         (["--method", "hsd", "--scale", "1"], "hsd.*--scale"),
+        (["--method", "hsd", "--scale", "1.00000001"], "hsd.*--scale"),
         (["--lr", "0"], "--lr"),
         (["--momentum", "1.5"], "--momentum"),
         (["--weight-decay", "-1"], "--weight-decay"),
