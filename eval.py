@@ -341,10 +341,8 @@ def write_whole(path, content):
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dict, and its network on the CPU, in evaluation mode.
 
-    No code in it is run.
-
-    Where a method has more parts than encoder and projector, they are left aside. ValueError if the
-    file is no checkpoint, or its weights do not fit its own config.
+    No code in it is run. Where a method has more parts than encoder and projector, they are left
+    aside. ValueError if the file is no checkpoint, or its weights do not fit its own config.
     """
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")

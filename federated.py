@@ -22,7 +22,7 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported after a process group begins, it keeps it past its end
+import torch.distributed.nn  # early: imported in a process group, it keeps that alive at exit
 
 
 def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=None, **options):

@@ -2,7 +2,7 @@ r"""Train SSD, or one of its ablations, on K simulated clients: from data to che
 
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
     python train.py --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 \
-        --local-epochs 1 --batch-size 64 --lr 0.03       # no download, three minutes on two cores
+        --local-epochs 1 --batch-size 64 --lr 0.03       # no download, two to three minutes
     python train.py --resume runs/NAME/last.pt
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
 
@@ -267,7 +267,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
             sys.stdout = None
             gather({})  # waits for all
         config, checkpoint = read_config(parser, argv, methods)
-        config["script"] = parser.prog
+        config["script"] = parser.prog  # which alone resumes the run
         device = pick_device(config["device"])
         config["amp"] = bf16_is_fast(device) if config["amp"] is None else config["amp"]
 

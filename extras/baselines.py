@@ -77,7 +77,7 @@ def fedx_relation(a, b, r, temperature=0.1):
     """FedX's relational term: two views should be alike to other images in the same way.
 
         R = 1/2 [ KL(q || p_a) + KL(q || p_b) ],   p_a = softmax(cos(a, r) / T),  p_b likewise,
-        q = 1/2 [ softmax(cos(a, r) / T) + softmax(cos(b, r) / T) ]
+        q = 1/2 (p_a + p_b)
 
     a, b (B, D) two views' embeddings, r (M, D) of other images -> (), >= 0; mean over rows.
     Paper / public code: a Jensen-Shannon divergence, KL(p || q) / KL(q || p), q not detached, as
@@ -250,8 +250,8 @@ def random_axes(dim):
 def authors_dsr(z, d_k, q):
     """DSR as the authors' code has it: ||z - stopgrad(target)||_F / B, z unit rows (B, D) -> ().
 
-    target = Q (Q^T z * d_k), back on the sphere, q: `random_axes`. The norm is of the whole batch
-    and not squared: the gradient for z is (z - target) / (B ||z - target||_F).
+    target = q (q^T z * d_k), back on the sphere; q (D, D): `random_axes`. The norm is of the whole
+    batch and not squared: the gradient for z is (z - target) / (B ||z - target||_F).
     """
     target = F.normalize((z.detach() @ q * d_k) @ q.T, dim=1)
     return (z - target).norm() / len(z)
