@@ -19,7 +19,6 @@ Needs torch, torchvision, numpy; copies into another project as it is. There:
 
 import contextlib
 import io
-import itertools
 import json
 import math
 from pathlib import Path
@@ -52,19 +51,19 @@ def load_dataset(name, root="data"):
     """Load a data set as `Images` (train_x, train_y, test_x, test_y, classes).
 
     name: "cifar10", "cifar100", "tinyimagenet" (kept under `root`, downloaded on first use),
-    "shapes" (drawn, no file), or a folder that holds train/<class>/* and test/<class>/* or
+    "patterns" (drawn, no file), or a folder that holds train/<class>/* and test/<class>/* or
     val/<class>/*, images of any size and mode. Raises FileNotFoundError for a data set that is
     not there and cannot be fetched, ValueError for a folder that is not usable.
     """
-    if name == "shapes":
-        return draw_shapes()
+    if name == "patterns":
+        return draw_patterns()
     if name in ("cifar10", "cifar100"):
         return _load_cifar(name, Path(root))
     if name == "tinyimagenet":
         return _load_tinyimagenet(Path(root))
     if Path(name).is_dir():
         return _load_folder(Path(name))
-    known = "cifar10, cifar100, tinyimagenet, shapes"
+    known = "cifar10, cifar100, tinyimagenet, patterns"
     raise FileNotFoundError(f"data set {name!r} is neither a folder nor one of {known}")
 
 
@@ -80,7 +79,7 @@ def _fetching(name, root, place):
             root.rmdir()
         raise FileNotFoundError(
             f"{name} is not in {place} and could not be downloaded ({error}); put it there, "
-            "or use --dataset shapes, which needs no download"
+            "or use --dataset patterns, which needs no download"
         ) from error
 
 
@@ -147,52 +146,50 @@ def read_images(paths):
     return torch.stack(images)
 
 
-def draw_shapes(num_train=5000, num_test=1000, seed=0):
-    """Ten classes of drawn objects as `Images`: 32x32 RGB, no file, no network, classes balanced.
+def draw_patterns(num_train=5000, num_test=1000, seed=0):
+    """Ten classes of drawn patterns as `Images`: 32x32 RGB, no file, no network, classes balanced.
 
-    Every image has four objects of its class on a cluttered background. Colour, size, place and
-    rotation are drawn independently of the class: only the outline tells it.
+    Colours, place, size and a small turn do not depend on the class: only the pattern tells it.
     """
-    names = "disk ring square triangle star cross bar half-disk crescent two-disks".split()
+    names = "stripes waves checks dots rings grid triangles bricks blobs grain".split()
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(num_train + num_test) % len(names)
     x = torch.cat([_draw_batch(part, generator) for part in y.split(500)])
-    train, test = slice(num_train), slice(num_train, None)
-    return Images(x[train], y[train], x[test], y[test], names)
+    return Images(x[:num_train], y[:num_train], x[num_train:], y[num_train:], names)
 
 
 def _draw_batch(labels, generator):
     n, side = len(labels), 64  # drawn at twice the size
-    axis = (torch.arange(side) + 0.5) / side * 2 - 1
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    image = F.interpolate(uniform(0.3, 0.7, 3, 8, 8), side, mode="bilinear")
-    for row, column in itertools.product((-0.5, 0.5), repeat=2):
-        # x, y: the pixels as the object sees them, moved, turned and scaled to its radius
-        y = axis[:, None] - row - uniform(-0.08, 0.08, 1, 1)
-        x = axis - column - uniform(-0.08, 0.08, 1, 1)
-        turn, radius = uniform(0, 2 * math.pi, 1, 1), uniform(0.4, 0.55, 1, 1)
-        cos, sin = turn.cos() / radius, turn.sin() / radius
-        x, y = x * cos + y * sin, y * cos - x * sin
-        r, angle = x.hypot(y), torch.atan2(y, x)
-        near, far = torch.minimum(x.abs(), y.abs()), torch.maximum(x.abs(), y.abs())
-        outlines = [  # in the order of the classes
-            r < 0.85,
-            (r < 1) & (r > 0.55),
-            far < 0.75,
-            r * (angle.remainder(2 * math.pi / 3) - math.pi / 3).cos() < 0.5,
-            r < 0.6 + 0.4 * (5 * angle).cos(),
-            (near < 0.25) & (far < 0.95),
-            (x.abs() < 1) & (y.abs() < 0.3),
-            (r < 1) & (y > 0),
-            (r < 1) & ((x - 0.5).hypot(y) > 0.7),
-            (x.abs() - 0.55).hypot(y) < 0.42,
-        ]
-        inside = torch.stack(outlines)[labels, torch.arange(n)]
-        colour = uniform(0.7, 1.3, 3, 1, 1).remainder(1)  # no channel near the background's
-        image = torch.where(inside[:, None], colour, image)
+    # x, y: the pixels in cells of the pattern, three to five a side, turned and moved
+    axis, turn = torch.linspace(-0.5, 0.5, side), uniform(-0.3, 0.3, 1, 1)
+    cos, sin = uniform(3, 5, 1, 1) * torch.stack([turn.cos(), turn.sin()])
+    x = axis * cos + axis[:, None] * sin + uniform(0, 1, 1, 1)
+    y = axis[:, None] * cos - axis * sin + uniform(0, 1, 1, 1)
+    u, v = x.remainder(1) - 0.5, y.remainder(1) - 0.5  # from the middle of a cell
+    brick = (x + y.floor() / 2).remainder(1) - 0.5  # every other row is half a cell further
+    r, far, high = u.hypot(v), u.abs(), v.abs()
+    noise = [torch.randn(n, 1, cells, cells, generator=generator) for cells in (8, 32)]
+    blobs, grain = (F.interpolate(cells, side, mode="bilinear")[:, 0] for cells in noise)
+    patterns = [  # in the order of the classes
+        far < 0.25,
+        (x + 0.18 * (2 * math.pi * y).sin()).remainder(1) < 0.5,
+        (u > 0) ^ (v > 0),
+        r < 0.33,
+        (r > 0.22) & (r < 0.42),
+        torch.minimum(far, high) < 0.12,
+        (v > -0.35) & (v + 2 * far < 0.35),
+        (brick.abs() < 0.42) & (high < 0.36),
+        blobs > 0,
+        grain > 0,
+    ]
+    inside = torch.stack(patterns)[labels, torch.arange(n)]
+    colour = uniform(0, 1, 3, 1, 1)
+    ground = (colour + uniform(0.3, 0.7, 3, 1, 1)).remainder(1)  # no channel near the colour's
+    image = torch.where(inside[:, None], colour, ground)
     return (F.avg_pool2d(image, 2) * 255).round().to(torch.uint8)
 
 

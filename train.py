@@ -1,7 +1,7 @@
 r"""Train SSD, or one of its ablations, on K simulated clients: from data to checkpoint.
 
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
-    python train.py --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 \
+    python train.py --dataset patterns --width 16 --clients 5 --alpha 1 --rounds 10 \
         --local-epochs 1 --batch-size 64 --lr 0.03       # no download, two to three minutes
     python train.py --resume runs/NAME/last.pt
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
@@ -65,8 +65,8 @@ def build_parser(methods=METHODS):
     share, switch = number(float, above=0, high=1), argparse.BooleanOptionalAction
     parser = OneLineParser(Path(sys.argv[0]).name, description=__doc__.splitlines()[0])
     add = parser.add_argument_group("federated").add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, tinyimagenet, shapes, or a folder "
-        "with train/<class>/ and test/<class>/ or val/<class>/ (%(default)s)")
+    add("--dataset", default="cifar10", help="cifar10, cifar100, tinyimagenet, patterns, or a "
+        "folder with train/<class>/ and test/<class>/ or val/<class>/ (%(default)s)")
     add("--data-dir", default="data", help="where downloaded data sets are kept (%(default)s)")
     add("--limit", type=count, help="train on a fixed random subset of N images (all)")
     add("--clients", type=count, help="K, number of clients (10, or the split file's)")
@@ -91,7 +91,7 @@ def build_parser(methods=METHODS):
     add = parser.add_argument_group("system").add_argument
     add("--width", type=count, default=64, help="channels at first; 64: ResNet-18 (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="of all draws but of --limit, shapes, the kNN's test images (%(default)s)")
+        help="of all draws but of --limit, patterns, the kNN's test images (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=switch, help="bfloat16 (where it is fast)")
     add("--compile", action=switch, default=False, help="torch.compile, CUDA graphs (%(default)s)")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import draw_shapes, two_views  # noqa: E402
+from data import draw_patterns, two_views  # noqa: E402
 from losses import scaling_vectors, toy  # noqa: E402
 
 STYLE = {  # a light card of its own: it reads the same on a light and on a dark page
@@ -156,7 +156,7 @@ def scales(plt, clients=10, dim=40, k=3):
 
 def views(plt):
     """Six drawn images, each above its two random views."""
-    images = draw_shapes(6, 1).train_x
+    images = draw_patterns(6, 1).train_x
     rows = [images / 255, *two_views(images, torch.Generator().manual_seed(3))]
     figure, axes = plt.subplots(3, 6, figsize=(7, 3.6))
     for row, pictures, label in zip(axes, rows, ("image", "view 1", "view 2")):

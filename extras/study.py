@@ -1,7 +1,7 @@
 """Train and evaluate methods with several seeds each; print tables, mean +- std over the seeds.
 
     python extras/study.py runs/first --rows fedalignuniform ssd "dsr --no-projector" --seeds 0 1 \
-        -- --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
+        -- --dataset patterns --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
            --batch-size 64 --lr 0.03
     python extras/study.py extras/RESULTS.md    # writes its tables anew from assets/*.jsonl
 

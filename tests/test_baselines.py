@@ -28,12 +28,12 @@ from baselines import (
 )
 
 import train
-from data import augment, draw_params, draw_shapes, two_views
+from data import augment, draw_params, draw_patterns, two_views
 from eval import load_checkpoint
 from federated import average_states, keyed_generator
 from losses import align_loss, dsr_loss, scaling_vectors, ssd_loss, uniform_loss
 
-SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
+SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp --lr 0.01".split()
 
 
@@ -266,12 +266,12 @@ def test_fedprox_by_hand():
 
 @pytest.mark.parametrize(
     "name, dataset",
-    [("feddecorr", "shapes"), ("feddecorr", "cifar100")]
-    + [(name, "shapes") for name in ("fedx", "fedu2", "fedprox")],
+    [("feddecorr", "patterns"), ("feddecorr", "cifar100")]
+    + [(name, "patterns") for name in ("fedx", "fedu2", "fedprox")],
 )
 def test_the_local_loss_by_hand(name, dataset):
     """Client 1's, away from the global weights: value, gradient, what BatchNorm has seen."""
-    images, split = draw_shapes(60, 10).train_x, [range(0, 60, 2), range(1, 60, 2)]
+    images, split = draw_patterns(60, 10).train_x, [range(0, 60, 2), range(1, 60, 2)]
     beta = 1.0 if name == "fedx" else 0.5
     flags = ["--dataset", dataset, "--beta", str(beta)]
     config, method = method_of(name, images, split, *flags)
@@ -293,7 +293,7 @@ def test_the_local_loss_by_hand(name, dataset):
         z1, z2 = F.normalize(u1, dim=1), F.normalize(u2, dim=1)
         expected = align_loss(z1, z2) + 0.5 * (uniform_loss(z1) + uniform_loss(z2)) / 2
     if name == "feddecorr":
-        weight = {"shapes": 0.1, "cifar100": 0.05}[dataset]
+        weight = {"patterns": 0.1, "cifar100": 0.05}[dataset]
         expected = expected + weight * (feddecorr_loss(h1) + feddecorr_loss(h2)) / 2
     elif name == "fedu2":
         expected = expected + 0.01 * fedu2_uniform(z1, draws) + 0.01 * fedu2_uniform(z2, draws)
@@ -347,7 +347,7 @@ def test_the_choices_objective_is_ssds_with_the_defaults():
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch, tmp_path):
-    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
     monkeypatch.chdir(tmp_path)
 
 
@@ -375,7 +375,7 @@ def test_a_baseline_trains_and_is_not_align_and_uniform_alone(name):
 
 @pytest.mark.parametrize("name", baselines.CHOICES)
 def test_a_choice_compiles_as_one_graph(name, monkeypatch):
-    real, images = torch.compile, draw_shapes(40, 10).train_x
+    real, images = torch.compile, draw_patterns(40, 10).train_x
     monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="eager", fullgraph=True))
     values = []
     for flags in ((), ("--compile",)):
@@ -424,7 +424,7 @@ def test_fedx_goes_on_where_it_was_stopped_with_its_predictor():
 
 def test_fedx_leaves_the_global_network_alone():
     """Its forward passes are in evaluation mode: not even BatchNorm's statistics move."""
-    images = draw_shapes(40, 10).train_x
+    images = draw_patterns(40, 10).train_x
     config, method = method_of("fedx", images, [range(40)])
     model, start = baselines.make_model(config), baselines.make_model(config).state_dict()
     kept = {name: value.clone() for name, value in start.items()}

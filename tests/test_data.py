@@ -10,7 +10,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 import data
-from data import dirichlet_split, draw_params, draw_shapes, load_dataset, two_views
+from data import dirichlet_split, draw_params, draw_patterns, load_dataset, two_views
 
 # ------------------------------------------------------------------ split
 
@@ -204,21 +204,21 @@ def test_two_views_come_from_the_generator_alone_and_stay_in_range():
 # ------------------------------------------------------------------ data sets
 
 
-def test_shapes_are_the_same_every_time_and_balanced():
-    one, two = draw_shapes(200, 100), draw_shapes(200, 100)
+def test_patterns_are_the_same_every_time_and_balanced():
+    one, two = draw_patterns(200, 100), draw_patterns(200, 100)
     assert torch.equal(one.train_x, two.train_x) and one.train_x.shape == (200, 3, 32, 32)
     assert one.train_x.dtype == torch.uint8 and one.train_y.bincount().tolist() == [20] * 10
     assert len(one.classes) == 10 and one.test_y.bincount().tolist() == [10] * 10
     assert not torch.equal(one.train_x[:100], one.test_x)
 
 
-def test_colour_and_brightness_do_not_give_a_shape_away():
-    shapes = draw_shapes(2000, 10)
-    x = shapes.train_x.float()
+def test_colour_and_brightness_do_not_give_a_pattern_away():
+    patterns = draw_patterns(2000, 10)
+    x = patterns.train_x.float()
     statistics = torch.cat(
         [x.mean((2, 3)), x.mean((1, 2, 3))[:, None]], 1
     )  # mean colour, brightness
-    between = torch.stack([statistics[shapes.train_y == c].mean(0) for c in range(10)]).std(0)
+    between = torch.stack([statistics[patterns.train_y == c].mean(0) for c in range(10)]).std(0)
     assert (
         between / statistics.std(0)
     ).max() < 0.25  # the classes' means are close beside the spread
@@ -329,7 +329,7 @@ def test_a_data_set_that_cannot_be_fetched_is_one_line(name, tmp_path, monkeypat
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     root = tmp_path / "nowhere"
     with pytest.raises(
-        FileNotFoundError, match=f"{name} is not in .*nowhere.*--dataset shapes"
+        FileNotFoundError, match=f"{name} is not in .*nowhere.*--dataset patterns"
     ) as caught:
         load_dataset(name, root)
     assert "\n" not in str(caught.value) and not root.exists()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from data import Images, draw_shapes, two_views
+from data import Images, draw_patterns, two_views
 from eval import (
     alignment,
     effective_rank,
@@ -212,9 +212,9 @@ def test_encoding_leaves_the_network_as_it_was():
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """A run folder with an untrained network on few shapes, as train.py would have written it."""
-    monkeypatch.setattr(evaluation, "load_dataset", lambda name, root: draw_shapes(200, 100))
-    config = {"width": 4, "projector": True, "dataset": "shapes", "method": "ssd", "seed": 0}
+    """A run folder with an untrained network on few patterns, as train.py would have written it."""
+    monkeypatch.setattr(evaluation, "load_dataset", lambda name, root: draw_patterns(200, 100))
+    config = {"width": 4, "projector": True, "dataset": "patterns", "method": "ssd", "seed": 0}
     split = [torch.arange(0, 80), torch.arange(80, 150)]
     content = {"config": config, "split": split, "history": [{}] * 3}
     torch.save({**content, "model": SSDNet(4).state_dict()}, tmp_path / "last.pt")
@@ -236,7 +236,7 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
     printed = capsys.readouterr().out
     assert "linear probe" in printed and "inter-client" in printed and "3 rounds" in printed
     lines = records(checkpoint)
-    assert len(lines) == 2 and lines[0]["dataset"] == "shapes" and lines[0]["round"] == 3
+    assert len(lines) == 2 and lines[0]["dataset"] == "patterns" and lines[0]["round"] == 3
     flags = {"epochs": 2, "finetune": [0.01, 0.1], "own_images": False, "seed": 0}
     assert lines[0]["flags"] == flags
     assert "fine-tuned,   1 %" in printed and "fine-tuned,  10 %" in printed
@@ -255,7 +255,7 @@ def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
 
 def test_own_images_are_those_that_the_clients_hold(checkpoint, capsys):
     flags = ["--epochs", "1", "--device", "cpu", "--finetune"]
-    evaluation.main([str(checkpoint), *flags, "--own-images", "--seed", "3", "--dataset=shapes/"])
+    evaluation.main([str(checkpoint), *flags, "--own-images", "--seed", "3", "--dataset=patterns/"])
     printed = capsys.readouterr().out
     assert "150 training and 100 test" in printed and "fine-tuned" not in printed
     (line,) = records(checkpoint)
@@ -330,7 +330,7 @@ def test_everything_is_learnt_from_the_training_images(monkeypatch):
 def test_alignment_is_on_random_ones_of_all_test_images(monkeypatch):
     number, seen = torch.arange(6000), []
     x = torch.stack([number // 256, number % 256, 0 * number], 1).byte().view(-1, 3, 1, 1)
-    data = draw_shapes(20, 10)._replace(test_x=x, test_y=number % 10)
+    data = draw_patterns(20, 10)._replace(test_x=x, test_y=number % 10)
 
     def views(images, generator):
         seen.append(256 * images[:, 0, 0, 0].long() + images[:, 1, 0, 0])
@@ -347,7 +347,7 @@ def test_alignment_is_on_random_ones_of_all_test_images(monkeypatch):
 
 
 def test_scores_are_those_of_h_and_of_z_on_the_test_images():
-    data = draw_shapes(100, 60)
+    data = draw_patterns(100, 60)
     net = settled_net(data.train_x)
     scores = evaluation.evaluate(net, data, epochs=20, amp=False)
     quick = quick_scores(net, *data[:4], amp=False)

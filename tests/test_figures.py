@@ -13,9 +13,9 @@ import figures
 import study
 
 import train
-from data import draw_shapes
+from data import draw_patterns
 
-SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
+SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "views.png"]
 STUDY = ["scores_rounds.svg", "scores_trade_off.svg", "split.svg"]
@@ -27,7 +27,7 @@ MAPS = ["separation_h.svg", "separation_z.svg"]
 def runs(tmp_path_factory):
     """Two runs of one row, and the scores of them, of another row and of an untrained one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+        patch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
         patch.chdir(tmp_path_factory.mktemp("study"))
         for seed in (0, 1):
             train.main([*SMALL, "--seed", str(seed), "--out", f"runs/ssd-seed{seed}"])

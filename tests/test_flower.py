@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "extras" / "flower"))
 import demo  # noqa: E402
 
 import train  # noqa: E402
-from data import dirichlet_split, draw_shapes  # noqa: E402
+from data import dirichlet_split, draw_patterns  # noqa: E402
 
 K, WIDTH = 3, 16
 TRAIN = f"--width {WIDTH} --clients {K} --local-epochs 1 --batch-size 16 --lr 0.03".split()
@@ -47,7 +47,7 @@ class Federation:
         os.environ["OMP_NUM_THREADS"] = "1"
         self.folder, self.nodes = folder, []
         self.dataset, self.split = folder / "images", folder / "split.json"
-        data = draw_shapes(150, 50)
+        data = draw_patterns(150, 50)
         for part, images, labels in (
             ("train", data.train_x, data.train_y),
             ("test", data.test_x, data.test_y),
@@ -127,9 +127,9 @@ def left_running(folder, seconds=20):
 def test_prepare_goes_on_with_what_this_app_trains_and_nothing_else(monkeypatch, tmp_path):
     import server_app
 
-    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
     monkeypatch.chdir(tmp_path)
-    flags = "--dataset shapes --width 2 --clients 3 --alpha 1 --batch-size 16 --rounds 2".split()
+    flags = "--dataset patterns --width 2 --clients 3 --alpha 1 --batch-size 16 --rounds 2".split()
     for out, script, more in (
         ("dsr", "train.py", ["--method", "dsr", "--local-epochs", "1"]),
         ("hsd", "train.py", ["--method", "hsd", "--rounds", "0"]),

@@ -109,7 +109,7 @@ def test_every_command_has_flags_that_exist(command, monkeypatch, tmp_path):
 def test_the_example_of_a_new_method_trains(tmp_path):
     """As a reader would: a file of one's own beside the project, train.py's flags."""
     (tmp_path / "mine.py").write_text(block("mine.py"))
-    flags = "--dataset shapes --width 2 --limit 90 --clients 3 --alpha 1 --batch-size 16".split()
+    flags = "--dataset patterns --width 2 --limit 90 --clients 3 --alpha 1 --batch-size 16".split()
     flags += "--rounds 2 --local-epochs 1 --lr 0.01 --device cpu --no-amp --out runs/mine".split()
     done = subprocess.run(
         [sys.executable, "mine.py", *flags],

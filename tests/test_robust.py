@@ -19,15 +19,15 @@ from eval import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("KILLS", 2))
-FLAGS = "--dataset shapes --width 4 --batch-size 16 --clients 4 --alpha 1".split()
+FLAGS = "--dataset patterns --width 4 --batch-size 16 --clients 4 --alpha 1".split()
 FLAGS += "--local-epochs 1 --device cpu --no-amp".split()
 
 
-# train.py, but `shapes` are 120 images, which are drawn at once
+# train.py, but `patterns` are 120 images, which are drawn at once
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import data, train
-draw, data.draw_shapes = data.draw_shapes, lambda: draw(120, 40)
+draw, data.draw_patterns = data.draw_patterns, lambda: draw(120, 40)
 train.main()
 """
 

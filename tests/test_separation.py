@@ -14,19 +14,19 @@ import baselines
 import separation
 
 import train
-from data import draw_shapes
+from data import draw_patterns
 from eval import encode, load_checkpoint
 from federated import average_states
 
-SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
+SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
 SMALL += "--local-epochs 1 --lr 0.03 --device cpu --no-amp".split()
 LAST = "runs/a-seed0/last.pt"
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
-    """120 shapes, and an empty folder to work in."""
-    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    """120 patterns, and an empty folder to work in."""
+    monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
     monkeypatch.chdir(tmp_path)
 
 
@@ -34,7 +34,7 @@ def measured(*flags, epochs=1, count=500, views=False, run="runs/a-seed0"):
     """A run of one round, and what separation.py finds: checkpoint, {(when, part): values}."""
     train.main([*SMALL, *flags, "--out", run])
     checkpoint, model = load_checkpoint(f"{run}/last.pt")
-    images = draw_shapes(120, 40).train_x
+    images = draw_patterns(120, 40).train_x
     found = list(separation.measure(checkpoint, model, images, epochs, count, views))
     return checkpoint, {(values.pop("when"), values.pop("part")): values for values in found}
 
@@ -44,7 +44,7 @@ def test_values_against_a_loop_over_pairs(part):
     """h or z of local networks and their average, from the images up, one pair after the other."""
     checkpoint, found = measured("--method", "dsr")
     split, (_, model) = checkpoint["split"], load_checkpoint(LAST)
-    images = draw_shapes(120, 40).train_x
+    images = draw_patterns(120, 40).train_x
     states = separation.local_states(model, checkpoint["config"], images, split, 1, 1)
     average = average_states(states, list(map(len, split)))
     for when, networks in (("before", states), ("after", [average] * 3)):
@@ -76,7 +76,7 @@ def test_values_against_a_loop_over_pairs(part):
 def test_the_round_is_the_one_that_resuming_trains():
     checkpoint, _ = measured()
     _, model = load_checkpoint(LAST)
-    split, images = checkpoint["split"], draw_shapes(120, 40).train_x
+    split, images = checkpoint["split"], draw_patterns(120, 40).train_x
     states = separation.local_states(model, checkpoint["config"], images, split, 1, 1)
     average = average_states(states, list(map(len, split)))
     train.main(["--resume", LAST, "--rounds", "2", "--device", "cpu"])
@@ -96,7 +96,7 @@ def test_the_rate_is_that_of_the_round(monkeypatch):
     for method, done in (("ssd", 1), ("ssd-cosine", 1), ("ssd-cosine", 3)):
         config = {**checkpoint["config"], "method": method, "rounds": 3}
         separation.local_states(
-            model, config, draw_shapes(120, 40).train_x, checkpoint["split"], done, 1
+            model, config, draw_patterns(120, 40).train_x, checkpoint["split"], done, 1
         )
     # (1 + cos(pi / 3)) / 2; of a finished run the last round's, (1 + cos(2 pi / 3)) / 2
     assert rates == pytest.approx([0.03, 0.03 * 0.75, 0.03 * 0.25])
@@ -106,7 +106,9 @@ def test_one_round_is_not_compiled(monkeypatch):
     checkpoint, _ = measured()
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     config, (_, model) = {**checkpoint["config"], "compile": True}, load_checkpoint(LAST)
-    separation.local_states(model, config, draw_shapes(120, 40).train_x, checkpoint["split"], 1, 1)
+    separation.local_states(
+        model, config, draw_patterns(120, 40).train_x, checkpoint["split"], 1, 1
+    )
 
 
 def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):

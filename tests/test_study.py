@@ -12,16 +12,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 import study
 
 import eval as evaluation
-from data import draw_shapes
+from data import draw_patterns
 
-SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
+SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
-    """The scripts run in this process, on 120 shapes; what was run is listed."""
-    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    """The scripts run in this process, on 120 patterns; what was run is listed."""
+    monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
     monkeypatch.chdir(tmp_path)
     listed = []
 
@@ -219,9 +219,9 @@ def test_paired_differences_by_hand():
 def test_no_table_has_more_than_eight_columns():
     every = {key: 1.0 for key, _, _ in study.COLUMNS.values()}
     lines = scores_lines({"a": {0: every}, "b": {0: every}})
-    lines += scores_lines({"a": {0: every}}, transfer="shapes")
+    lines += scores_lines({"a": {0: every}}, transfer="patterns")
     found = study.tables(lines).split("\n\n")
-    assert len(found) == 7 and "accuracy, transfer to shapes" in found[4]
+    assert len(found) == 7 and "accuracy, transfer to patterns" in found[4]
     headings = [table.splitlines()[0].split(" | ") for table in found]
     assert max(map(len, headings)) == 8
     shown = {heading.strip("| ") for line in headings for heading in line[1:]}
@@ -250,8 +250,8 @@ def test_a_page_gets_its_tables_anew(tmp_path, capsys, monkeypatch):
         (["--rows", ""], "--method"),
         (["--rows", "'ssd"], "quotation"),
         (["--evaluation", "--epochs x"], "--epochs"),
-        (["--evaluation", "--dataset shapes"], "--transfer"),
-        (["--evaluation=--own-images", "--transfer", "shapes"], "--own-images"),
+        (["--evaluation", "--dataset patterns"], "--transfer"),
+        (["--evaluation=--own-images", "--transfer", "patterns"], "--own-images"),
         (["--rows", "ssd --lr 0"], "--lr"),
         (["--seeds", "x"], "'x'"),
         (["--", "--no-such-flag"], "--no-such-flag"),

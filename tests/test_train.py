@@ -11,21 +11,23 @@ import pytest
 import torch
 
 import train
-from data import draw_shapes
+from data import draw_patterns
 from eval import load_checkpoint
 from federated import keyed_generator
 from losses import scaling_vectors
 from model import SSDNet
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--dataset shapes --width 2 --batch-size 16 --clients 3 --alpha 1 --local-epochs 1".split()
+SMALL = (
+    "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --local-epochs 1".split()
+)
 SMALL += "--device cpu --no-amp".split()
 
 
 @pytest.fixture(autouse=True)
-def small_shapes(monkeypatch, tmp_path):
+def small_patterns(monkeypatch, tmp_path):
     """120 drawn images, and a working folder where nothing of the project lies."""
-    monkeypatch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+    monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
     monkeypatch.chdir(tmp_path)
 
 
@@ -39,7 +41,7 @@ def a_run(tmp_path_factory):
     """The folder of a run of one round, made once, to copy."""
     folder = tmp_path_factory.mktemp("once") / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.draw_shapes", lambda: draw_shapes(120, 40))
+        patch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
         run(f"--out {folder}")
     return folder
 
@@ -166,8 +168,8 @@ def test_a_second_run_of_the_same_name_gets_its_own_folder():
     for _ in range(2):
         run("")
     assert sorted(path.name for path in Path("runs").iterdir()) == [
-        "shapes-ssd-k3-seed0",
-        "shapes-ssd-k3-seed0-2",
+        "patterns-ssd-k3-seed0",
+        "patterns-ssd-k3-seed0-2",
     ]
 
 
@@ -327,9 +329,10 @@ def test_without_projector_distillation_is_zero():
 
 def test_labels_reach_no_part_of_training(monkeypatch):
     run("--limit 60 --out runs/a")
-    shapes = draw_shapes(120, 40)
-    shuffled = shapes._replace(train_y=shapes.train_y.flip(0), test_y=shapes.test_y.flip(0))
-    monkeypatch.setattr("data.draw_shapes", lambda: shuffled)
+    patterns = draw_patterns(120, 40)
+    y, test_y = patterns.train_y.flip(0), patterns.test_y.flip(0)
+    shuffled = patterns._replace(train_y=y, test_y=test_y)
+    monkeypatch.setattr("data.draw_patterns", lambda: shuffled)
     run("--limit 60 --split-file runs/a/split.json --out runs/b")
     assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
 
@@ -528,6 +531,6 @@ def test_the_papers_command_without_data_says_what_to_do(tmp_path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
-    for words in ("cifar10", "data/cifar-10-batches-py", "--dataset shapes"):
+    for words in ("cifar10", "data/cifar-10-batches-py", "--dataset patterns"):
         assert words in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """One client of a federation: local training on its own images, as federated.py's steps 3 and 4.
 
 A node is started with  --node-config 'client=3 images="folder"'  and reads all images below that
-folder; for a demonstration  'client=3 split="split.json" dataset="shapes"'  reads client 3's part
+folder; for a demonstration  'client=3 split="split.json" dataset="patterns"'  reads client 3's part
 of a data set. What leaves the node: weights, number of images, the loss terms' means.
 """
 

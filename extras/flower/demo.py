@@ -1,6 +1,6 @@
 """A federation on one machine: a superlink, three supernodes, a run; then all of it ends.
 
-    python extras/flower/demo.py                # shapes, three clients, three rounds
+    python extras/flower/demo.py                # patterns, three clients, three rounds
     python extras/flower/demo.py 'rounds=10'    # other values of the run config
 
 As between machines, TLS is on and every node has a registered key. A new folder runs/flower-*/
@@ -104,7 +104,7 @@ def main():
     Path("runs").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="flower-", dir="runs")).resolve()
     print(f"keys, logs and Flower's state: {folder}/", flush=True)
-    split = dirichlet_split(load_dataset("shapes").train_y, 3, alpha=1.0)
+    split = dirichlet_split(load_dataset("patterns").train_y, 3, alpha=1.0)
     split_file = folder / "split.json"
     split_file.write_text(json.dumps([part.tolist() for part in split]))
     try:
@@ -112,10 +112,10 @@ def main():
         start_superlink(folder, address)
         for k in range(3):
             flwr(folder, "supernode", "register", f"{folder}/client-{k}.pub", check=True)
-            node_config = f'client={k} split="{split_file}" dataset="shapes"'
+            node_config = f'client={k} split="{split_file}" dataset="patterns"'
             start_node(folder, address, f"client-{k}", node_config)
         run_config = "clients=3 rounds=3 local-epochs=1 batch-size=64 lr=0.03 width=16"
-        run_config += f' dataset="shapes" split-file="{split_file}"'
+        run_config += f' dataset="patterns" split-file="{split_file}"'
         run_configs = [f"--run-config={text}" for text in (run_config, *sys.argv[1:])]
         flwr(folder, "run", str(APP), "--stream", *run_configs, check=True)
     except KeyboardInterrupt:
