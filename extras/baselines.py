@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from data import augment, draw_params, two_views  # noqa: E402
-from eval import load_checkpoint  # noqa: E402
 from federated import average_states  # noqa: E402
 from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 NAMES = ("feddecorr", "fedx", "fedu2", "ldawa", "fedprox")
 LOSSES = {"feddecorr", "fedx", "fedu2", "fedprox"}  # those with a loss of their own
@@ -164,7 +164,7 @@ def min_norm_weights(updates, steps=10_000):
     return a
 
 
-def fedu2_average(states, weights, global_state, r):
+def fedu2_average(states, weights, global_state, *_):
     """EUA, FedU2's efficient unified aggregator: a step that lowers every client's loss alike.
 
         g_k = (w - w_k) / ||w - w_k||,   w <- w - step sum_k a_k g_k,   a = min_norm_weights(g)
@@ -198,7 +198,7 @@ def fedu2_average(states, weights, global_state, r):
 # ---------------------------------------------------------------------------- L-DAWA
 
 
-def ldawa_average(states, weights, global_state, r):
+def ldawa_average(states, weights, global_state, r, *_):
     """L-DAWA (Rehman et al., ICCV 2023): every tensor weighted by its angle to the global one.
 
         w <- 1/K sum_k delta_k w_k,   delta_k = min(1, cos(w_k, w))
