@@ -25,7 +25,6 @@ def test_shapes_scale_with_width(width):
     first, norm, relu, last = SSDNet(width).projector
     assert first.out_features == last.in_features == 32 * width
     assert isinstance(norm, torch.nn.BatchNorm1d) and isinstance(relu, torch.nn.ReLU)
-    assert SSDNet(width, embed_dim=7)(torch.rand(2, 3, 32, 32))[1].shape == (2, 7)
 
 
 def cifar_resnet18():
@@ -71,10 +70,6 @@ def test_the_stem_keeps_the_resolution():
     assert sizes == [32, 32, 32, 32, 16, 8, 4, 1, 32]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"width": 0}, {"width": 4, "embed_dim": 0}, {"width": 4, "embed_dim": 7, "projector": False}],
-)
-def test_impossible_sizes_are_a_value_error(arguments):
-    with pytest.raises(ValueError, match="got"):
-        SSDNet(**arguments)
+def test_an_impossible_width_is_a_value_error():
+    with pytest.raises(ValueError, match="got 0"):
+        SSDNet(0)

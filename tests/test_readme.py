@@ -1,5 +1,6 @@
 """README.md and extras/RESULTS.md tell the truth: code, flags, example, files, tables, links."""
 
+import argparse
 import json
 import os
 import re
@@ -96,9 +97,9 @@ def test_every_command_has_flags_that_exist(command, monkeypatch, tmp_path):
         with pytest.raises(Parsed):
             study.main()
     else:
-        parse = evaluation.OneLineParser.parse_args
+        parse = argparse.ArgumentParser.parse_args
         monkeypatch.setattr(
-            evaluation.OneLineParser,
+            argparse.ArgumentParser,
             "parse_args",
             lambda self, argv=None: stop(parse(self, argv)),
         )
