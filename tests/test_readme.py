@@ -165,6 +165,7 @@ def test_the_verdicts_are_those_of_the_intervals():
         "SSD makes `z` more uniform": (1, *ssd, "−L_uniform z", regime, small),
         "SSD aligns `z` better": (-1, *ssd, "alignment z", regime, small),
         "hard separation aligns `z` worse": (1, "hsd", ssd[1], "alignment z", regime, small),
+        "hard separation makes `z` more uniform": (1, "hsd", ssd[1], "−L_uniform z", regime, small),
         "distillation carries DSR's uniformity into `h`": (
             *(1, "ssd", "dsr", "−L_uniform h", regime, small),
         ),
@@ -180,6 +181,40 @@ def test_the_verdicts_are_those_of_the_intervals():
             verdict = "cannot tell" if abs(middle) < half else verdict
             verdicts.append(verdict if names else "not tested")
         assert told[claim].endswith(f" | {' | '.join(verdicts)} |"), (claim, verdicts)
+
+
+def test_the_findings_are_those_of_the_intervals():
+    """Row, base, records, columns, signs: 0 where the interval covers zero."""
+    base, r, four, silo = "fedalignuniform", ["regime", "regime-cpu"], ["ablation"], ["silo"]
+    lp, h, z, align, rank = "LP %", "−L_uniform h", "−L_uniform z", "alignment z", "eff. rank h"
+    for row, other, names, told in (
+        ("ssd", base, r, {lp: 0, h: -1, z: -1, align: -1, rank: -1}),
+        ("ssd --gamma 0.2", base, r, {lp: 0, h: -1, z: 0, align: 1}),
+        ("ssd --gamma 0.05", base, r, {lp: 0, h: -1, z: 0, align: 0}),
+        ("dsr", base, r, {lp: -1, h: 1}),
+        ("pd", base, r, {lp: 0, h: -1}),
+        ("ssd", base, four, {lp: 0, h: 1, align: -1, rank: -1}),
+        ("dsr", base, four, {lp: 0, h: 1, "kNN %": -1, rank: -1}),
+        ("pd", base, four, {lp: 0, "kNN %": -1, rank: -1}),
+        ("hsd", base, four, {lp: 0, rank: -1}),
+        ("dsr-literal", "dsr", ["choices-dsr"], {lp: -1}),
+        ("dsr-authors", "dsr", ["choices-dsr"], {lp: 0, h: -1}),
+        ("dsr --gamma 0.1", "dsr", ["choices-dsr"], {lp: 0, h: -1}),
+        ("ssd-reverse", "ssd", ["choices-ssd"], {lp: 0}),
+        ("ssd-half", "ssd", ["choices-ssd"], {lp: 0, h: -1}),
+        ("ssd-into-h", "ssd", ["choices-ssd"], {lp: 0}),
+        ("ssd-authors", "ssd", ["choices-ssd"], {lp: 0, h: -1}),
+        ("ssd-cosine", "ssd", ["choices-ssd"], {lp: 0, z: 1}),
+        *((row, base, silo, {lp: -1, "FT 1 %": 0, "FT 10 %": 0}) for row in ("fedx", "ldawa")),
+        *((row, base, silo, {lp: 0, "FT 1 %": 0, "FT 10 %": 0}) for row in ("feddecorr", "fedu2")),
+        ("local", base, [*silo, "local"], {lp: -1}),
+        *((row, base, ["device"], {lp: 0}) for row in ("fedx", "ldawa", "feddecorr", "fedu2")),
+        ("ssd", base, ["device"], {lp: 0, z: -1}),
+    ):
+        for heading, sign in told.items():
+            middle, half = study.interval(compare(row, other, names, heading))
+            found = 0 if abs(middle) < half else 1 if middle > 0 else -1
+            assert found == sign, (row, names, heading)
 
 
 def test_the_noise_floor_is_that_of_repeats():
