@@ -1,4 +1,4 @@
-"""Train and evaluate methods with several seeds each; print tables, paired differences with 95 %.
+"""Train and evaluate methods with several seeds each; print scores, differences, 95 % intervals.
 
     python extras/study.py runs/first --rows fedalignuniform ssd "dsr --no-projector" --seeds 0 1 \
         -- --dataset shapes --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
