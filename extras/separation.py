@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import baselines  # noqa: E402
-from study import cell  # noqa: E402
+from study import CROSSWISE, crosswise  # noqa: E402
 
 from data import load_dataset, two_views  # noqa: E402
 from eval import OneLineParser, encode, load_checkpoint, pick_device, uniformity_parts  # noqa: E402
@@ -170,30 +170,8 @@ def measure(checkpoint, model, data):
             yield line
 
 
-def table(lines, space, key, minus=None):
-    """Markdown of a key of the lines, a column a row's runs, mean ± std over the seeds.
-
-    minus: a row; then of differences to it in the same seeds, and how many have their mean's sign.
-    """
-    found = {}
-    for line in (line for line in lines if line["space"] == space and key in line):
-        cells = found.setdefault(f"round {line['round']}, {line['variant']}", {})
-        cells.setdefault(line["row"], {})[line["seed"]] = line[key]
-    columns = list(dict.fromkeys(line["row"] for line in lines if line["row"] != minus))
-    text = [[f"{key} of {space}" + f", minus {minus}" * bool(minus), *columns]]
-    text.append(["---"] * len(text[0]))
-    for name, rows in found.items():
-        text.append([name])
-        for runs in (rows.get(row, {}) for row in columns):
-            if minus:
-                other = rows.get(minus, {})
-                runs = {seed: runs[seed] - other[seed] for seed in runs if seed in other}
-            text[-1].append(cell(list(runs.values()), 3, bool(minus)))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
-
-
 def main(argv=None):
-    """Checkpoints -> lines in a file -> tables of inter-client -L_uniform and of the own share."""
+    """Checkpoints -> lines in a file -> tables of all that it holds."""
     parser = OneLineParser("extras/separation.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("checkpoints", nargs="*", help="of train.py; a row's runs are named NAME-seedN")
@@ -226,8 +204,8 @@ def main(argv=None):
             print(f"{run}: measured", flush=True)
     except (ValueError, OSError, IndexError, FloatingPointError) as error:
         parser.error(str(error))
-    for space, key in (("z", "inter"), ("z", "own_share"), ("h", "inter"), ("h", "own_share")):
-        print(table(lines, space, key, args.minus), end="\n\n")
+    for heading in CROSSWISE:
+        print(crosswise(lines, heading, args.minus), end="\n\n")
 
 
 if __name__ == "__main__":

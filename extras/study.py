@@ -60,6 +60,11 @@ TABLES = {
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
     "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
 }
+CROSSWISE = {  # heading: key of extras/separation.py's lines, space
+    "inter-client −L_uniform of z": ("inter", "z"),
+    "share of z in own dimensions": ("own_share", "z"),
+    "inter-client −L_uniform of h": ("inter", "h"),
+}
 PAIRED = "LP %,kNN %,−L_uniform h,−L_uniform z,alignment h,alignment z,eff. rank h".split(",")
 
 
@@ -179,10 +184,38 @@ def table(name, headings, rows, paired=False):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def crosswise(lines, heading, minus=None):
+    """Markdown of a value of extras/separation.py's lines, a column a row, mean ± std over seeds.
+
+    minus: a row; then of the differences to it, and how many of n have the sign of the mean.
+    """
+    (key, space), found = CROSSWISE[heading], {}
+    lines = [line for line in lines if line["space"] == space and key in line]
+    for line in sorted(lines, key=lambda line: line["round"]):
+        rows = found.setdefault(f"round {line['round']}, {line['variant']}", {})
+        rows.setdefault(line["row"], {})[line["seed"]] = line[key]
+    columns = [row for row in dict.fromkeys(line["row"] for line in lines) if row != minus]
+    text = [[heading + f", minus {minus}" * bool(minus), *columns]]
+    text.append(["---"] * len(text[0]))
+    for name, rows in found.items():
+        text.append([name])
+        for runs in (rows.get(row, {}) for row in columns):
+            if minus:
+                others = rows.get(minus, {})
+                runs = {seed: runs[seed] - others[seed] for seed in runs if seed in others}
+            text[-1].append(cell(list(runs.values()), 3, bool(minus)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in text)
+
+
 def tables(lines):
-    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
-    results, parts = {}, []
-    for line in map(json.loads, lines):
+    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row.
+
+    Lines of extras/separation.py -> those of `crosswise`.
+    """
+    results, parts, lines = {}, [], list(map(json.loads, lines))
+    if lines and "variant" in lines[0]:
+        return "\n\n".join(crosswise(lines, heading) for heading in CROSSWISE)
+    for line in lines:
         row, seed, data_set = (line.pop(name) for name in ("row", "seed", "transfer"))
         results.setdefault(data_set, {}).setdefault(row, {})[seed] = line
     for data_set, rows in results.items():

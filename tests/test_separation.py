@@ -273,7 +273,7 @@ def test_the_script_measures_once_and_prints_mean_spread_and_differences(capsys)
         for key in (("ssd", "average", "z"), ("pd", "average", "z"))
     )
     cells = [f"{sum(v) / 2:.3f} ± {abs(v[0] - v[1]) / 2**0.5:.3f}" for v in (ssd, pd)]
-    assert "| inter of z | ssd | pd |" in printed
+    assert "| inter-client −L_uniform of z | ssd | pd |" in printed
     assert f"| round 1, average | {' | '.join(cells)} |" in printed
     separation.main(["--minus", "pd"])
     apart = np.array(ssd) - pd
