@@ -6,6 +6,7 @@
     L-DAWA      a rule of averaging                              ldawa_average
     FedProx     a term that holds on to the global weights       fedprox_term
     CHOICES     what paper and authors' code leave open in SSD   authors_dsr, objective
+    ssd-common  client 0's d_k for everyone: DSR that cannot part clients
 
 The first five, but for FedX with its own objective, stand on align + beta uniform as SSD does.
 Data, split, network and evaluation are SSD's, flags and run folder train.py's:
@@ -282,6 +283,7 @@ METHODS = {
     **train.METHODS,
     **{name: {"gamma": 0.0, "delta": 0.0} for name in NAMES},
     **{name: choice[0] for name, choice in CHOICES.items()},
+    "ssd-common": SSD,
 }
 
 # ---------------------------------------------------------------------------- script
@@ -332,6 +334,9 @@ def make_options(config, images, split):
             dsr = functools.partial(dsr, q=random_axes(8 * config["width"]).to(images.device))
         changed = functools.partial(objective, dsr=dsr, distill=distill)
         method["loss"] = train.make_loss(config, len(split), images.device, changed)
+    if name == "ssd-common":  # client 0's d_k for everyone
+        ssd = train.make_loss(config, len(split), images.device)
+        method["loss"] = lambda model, batch, k, *rest: ssd(model, batch, 0, *rest)
     if name == "ssd-cosine":
         done = load_checkpoint(config["resume"])[0]["config"] if config["resume"] else config
         if done["rounds"] != config["rounds"]:

@@ -24,12 +24,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, views  # noqa: E402
-from separation import row_name  # noqa: E402
 from study import cell, differences, interval  # noqa: E402
 from study import read as read_scores  # noqa: E402
 
 from data import load_dataset  # noqa: E402
-from eval import OneLineParser  # noqa: E402
+from eval import one_line_parser  # noqa: E402
 from train import make_model, make_monitor  # noqa: E402
 
 FOREST = {  # title: files of a study, {row: the paper's LP minus that of the first row}
@@ -115,28 +114,61 @@ def record(runs):
             yield {"seed": config["seed"], **kept}
 
 
-def heatmaps(plt, lines, part):
-    """-log E_ij of clients i and j before and after averaging, one seed of each row."""
-    shown = {}
-    for line in lines:
-        if line["part"] == part:
-            row = row_name(line).replace(", ", "\n", 1)
-            shown.setdefault(row, {}).setdefault(line["when"], line)
-    matrices = [line["matrix"] for found in shown.values() for line in found.values()]
-    ends = {"vmin": min(map(np.min, matrices)), "vmax": max(map(np.max, matrices))}  # one scale
-    size = {"figsize": (2.4 * len(shown) + 0.8, 5.6), "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(shown), squeeze=False, **size)
-    for column, (row, found) in zip(axes.T, shown.items()):
-        for axis, when in zip(column, ("before", "after")):
-            line = found[when]
-            squares = np.kron(line["matrix"], np.ones((16, 16)))  # sharp in every viewer
-            picture = axis.imshow(squares, interpolation="none", **ends)
-            parts = ", ".join(f"{key} {line[key]:.2f}" for key in ("intra", "inter") if key in line)
-            axis.set_title(f"{row}\n{parts}" if when == "before" else parts, fontsize=10)
-            axis.set(xticks=[], yticks=[])
-    for axis, when in zip(axes[:, 0], ("local networks", "averaged network")):
-        axis.set_ylabel(when)
-    figure.colorbar(picture, ax=axes, shrink=0.7, label=f"−log E_ij of {part} (↑ further apart)")
+def separation(plt, lines):
+    """Whose is the separation: z's own share as bars, and -log E_ij of the clients i and j as maps.
+
+    Of the last round that both rows have: bars mean ± std over the seeds, maps of the first seed.
+    """
+    methods = {"fedalignuniform": "FedAlignUniform", "ssd": "SSD"}
+    maps = {
+        "own": "each client's images\nby its own network",
+        "same-images": "the same images\nby every network",
+        "average": "each client's images\nby the average",
+    }
+    lines = [line for line in lines if "matrix" in line]  # of z
+    common = [{line["round"] for line in lines if line["row"] == row} for row in methods]
+    if not (common := set.intersection(*common)):
+        raise ValueError(f"no round of both {' and '.join(methods)} to draw")
+    found = {(row, variant): [] for row in methods for variant in maps}
+    for line in (line for line in lines if line["round"] == max(common)):
+        if line["row"] in methods:
+            found[line["row"], line["variant"]].append(line)
+
+    figure = plt.figure(figsize=(7.6, 4.3), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.9))
+    axis, ends = (
+        left.subplots(),
+        {"own": ("own network", COLOURS[4]), "average": ("average", "#bbbbbb")},
+    )
+    for shift, (variant, (label, colour)) in zip((-0.2, 0.2), ends.items()):
+        shares = [[100 * line["own_share"] for line in found[row, variant]] for row in methods]
+        stds = [statistics.stdev(share) if len(share) > 1 else 0 for share in shares]
+        x, means = np.arange(len(methods)) + shift, list(map(statistics.mean, shares))
+        bars = axis.bar(x, means, 0.38, yerr=stds, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.0f %%", label_type="center", fontsize=10)
+    chance = 100 * found["ssd", "own"][0]["chance"]
+    axis.axhline(
+        chance, color="black", linestyle="--", linewidth=1, label=f"chance: {chance:.0f} %"
+    )
+    axis.set_title("share of ‖z‖² in the\nclient's own dimensions", fontsize=11)
+    axis.set_xticks(range(len(methods)), methods.values(), fontsize=10)
+    axis.set_yticks([])
+    left.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    axes = right.subplots(len(methods), len(maps))
+    pictures = {key: lines[0]["matrix"] for key, lines in found.items()}
+    scale = {"vmin": min(map(np.min, pictures.values())), "vmax": 4}  # orthogonal: 4
+    for (row, variant), axis in zip(found, axes.flat):
+        squares = np.kron(pictures[row, variant], np.ones((16, 16)))  # sharp in every viewer
+        picture = axis.imshow(squares, interpolation="none", **scale)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if row == "fedalignuniform":
+            axis.set_title(maps[variant], fontsize=11)
+        if variant == "own":
+            axis.set_ylabel(methods[row], fontsize=11)
+    bar = right.colorbar(picture, ax=axes, location="bottom", shrink=0.9, aspect=40)
+    bar.set_label("−log E_ij of z: how far apart clients i (row), j (column) are", fontsize=10)
+    bar.ax.tick_params(labelsize=10)
     return figure
 
 
@@ -260,9 +292,10 @@ def draw_all(plt, args):
     rows = find_rows(args.scores, args.rows) if args.scores else {}
     if args.rows and not args.scores:
         raise ValueError("--rows is of a study's scores: give their file before --rows")
-    separation = read(args.separation) if args.separation else []
-    if not all("matrix" in line for line in separation):
+    controls = read(args.separation) if args.separation else []
+    if not all("variant" in line for line in controls):
         raise ValueError(f"{args.separation} is not a file of extras/separation.py")
+    shares = separation(plt, controls) if controls else None
     clients = split(plt, args.split) if args.split else None
     trees = forest(plt, args.forest) if args.forest else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
@@ -277,9 +310,8 @@ def draw_all(plt, args):
     yield "views.png", views(plt)
     if curve:
         yield "first_run.svg", curve
-    if separation:
-        yield "separation_h.svg", heatmaps(plt, separation, "h")
-        yield "separation_z.svg", heatmaps(plt, separation, "z")
+    if shares:
+        yield "separation.svg", shares
     if clients:
         yield "split.svg", clients
     if trees:
@@ -292,7 +324,7 @@ def draw_all(plt, args):
 
 def main(argv=None):
     """Run folders and records -> SVG files (the two views: PNG)."""
-    parser = OneLineParser("extras/figures.py", description=__doc__.splitlines()[0])
+    parser = one_line_parser("extras/figures.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("scores", type=Path, nargs="?", help="scores.jsonl, or what it is called in assets/")
     add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")

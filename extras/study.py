@@ -37,6 +37,7 @@ import baselines  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 SCRIPTS = {"train.py": train, "extras/baselines.py": baselines}
 COLUMNS = {  # heading: key of eval.jsonl, factor, digits
@@ -59,6 +60,11 @@ TABLES = {
     "accuracy": ["LP %", "FT 1 %", "FT 10 %", "kNN %", "s/round"],
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
     "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
+}
+CROSSWISE = {  # heading: key of extras/separation.py's lines, space
+    "inter-client −L_uniform of z": ("inter", "z"),
+    "share of z in own dimensions": ("own_share", "z"),
+    "inter-client −L_uniform of h": ("inter", "h"),
 }
 PAIRED = "LP %,FT 1 %,FT 10 %,kNN %,−L_uniform h,−L_uniform z,alignment z,eff. rank h".split(",")
 # 0.975 quantiles of Student's t, of 1 to 9 degrees of freedom: NIST/SEMATECH e-Handbook, 1.3.6.7.2
@@ -92,11 +98,11 @@ def train_one(script, flags, folder, output=None):
     asked, _ = train.read_config(module.build_parser(), flags, module.METHODS)
     flags = [*flags, "--out", str(folder)]
     if last.exists():
-        checkpoint, _ = evaluation.load_checkpoint(last)
+        checkpoint, _ = load_checkpoint(last)
         there = checkpoint["config"]  # what was left to it to find out it has found out
         asked["clients"] = asked["clients"] or (there["clients"] if asked["split_file"] else 10)
         asked["amp"] = there["amp"] if asked["amp"] is None else asked["amp"]
-        for name in sorted(asked.keys() - train.MAY_CHANGE - {"out"}):
+        for name in sorted(asked.keys() - {"resume", "out", "rounds", "device", "data_dir"}):
             if asked[name] != there.get(name):
                 raise ValueError(
                     f"{folder} was trained with {name} {there.get(name)}, not {asked[name]}: "
@@ -211,9 +217,37 @@ def read(lines):
     return results
 
 
+def crosswise(lines, heading, minus=None):
+    """Markdown of a value of extras/separation.py's lines, a column a row, mean ± std over seeds.
+
+    minus: a row; then of the differences to it, with their 95 % interval.
+    """
+    (key, space), found = CROSSWISE[heading], {}
+    lines = [line for line in lines if line["space"] == space and key in line]
+    for line in sorted(lines, key=lambda line: line["round"]):
+        rows = found.setdefault(f"round {line['round']}, {line['variant']}", {})
+        rows.setdefault(line["row"], {})[line["seed"]] = line[key]
+    columns = [row for row in dict.fromkeys(line["row"] for line in lines) if row != minus]
+    text = [[heading + f", minus {minus}" * bool(minus), *columns]]
+    text.append(["---"] * len(text[0]))
+    for name, rows in found.items():
+        text.append([name])
+        for runs in (rows.get(row, {}) for row in columns):
+            if minus:
+                others = rows.get(minus, {})
+                runs = {seed: runs[seed] - others[seed] for seed in runs if seed in others}
+            text[-1].append(cell(list(runs.values()), 3, bool(minus)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in text)
+
+
 def tables(lines):
-    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
-    parts = []
+    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row.
+
+    Lines of extras/separation.py -> those of `crosswise`.
+    """
+    parts, lines = [], list(lines)
+    if lines and "variant" in json.loads(lines[0]):
+        return "\n\n".join(crosswise(map(json.loads, lines), heading) for heading in CROSSWISE)
     for data_set, rows in read(lines).items():
         where = f", transfer to {data_set}" if data_set else ""
         parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]
@@ -252,16 +286,16 @@ def renew(page):
 
 def main(argv=None):
     """Flags -> runs -> scores.jsonl -> tables; or a page with its tables anew."""
-    parser = evaluation.OneLineParser("extras/study.py", description=__doc__.splitlines()[0])
+    parser = evaluation.one_line_parser("extras/study.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, help="where the run folders lie; or PAGE.md, to renew")
     rows = ["fedalignuniform", "ssd"]
     add("--rows", nargs="+", default=rows, help="a method each, with more flags (%(default)s)")
-    seed = evaluation.number(int, 0)
+    seed = train.number(int, 0)
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
     add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
-    count = evaluation.number(int, 1)
+    count = train.number(int, 1)
     add("--jobs", type=count, default=1, metavar="N", help="so many runs at a time (%(default)s)")
     parser.epilog = "after --: train.py's flags, for all rows"
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]

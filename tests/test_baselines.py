@@ -397,6 +397,18 @@ def test_ssd_is_the_same_in_every_script():
     assert equal(plain, run(baselines, "--method", "ssd", out="runs/b")[0])
 
 
+def test_a_common_d_k_is_client_0s_sent_to_everyone(monkeypatch):
+    common, _ = run(baselines, "--method", "ssd-common")
+    assert not equal(common, run(train, "--method", "ssd", out="runs/b")[0])
+    monkeypatch.setattr(train, "scaling_vectors", lambda *of: scaling_vectors(*of)[[0, 0, 0]])
+    assert equal(common, run(train, "--method", "ssd", out="runs/c")[0])
+
+
+def test_a_common_d_k_changes_nothing_for_one_client():
+    alone, _ = run(baselines, "--method", "ssd-common", "--clients", "1")
+    assert equal(alone, run(train, "--method", "ssd", "--clients", "1", out="runs/b")[0])
+
+
 def test_cosine_falls_from_lr_to_nearly_zero():
     _, lines = run(baselines, "--method", "ssd-cosine", "--rounds", "4")
     expected = [0.01 * (1 + math.cos(math.pi * r / 4)) / 2 for r in range(4)]

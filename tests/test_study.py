@@ -236,6 +236,29 @@ def test_the_interval_has_students_quantile(n):
     assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
 
 
+def test_the_tables_of_who_sees_what_by_hand():
+    """Differences 2 - 1, 4 - 1 and 1 - 3: mean 2/3, std sqrt(19/3), 4.303 std / sqrt(3) = 6.252."""
+    values = {"a": {0: 1, 1: 1, 2: 3}, "b": {2: 1, 1: 4, 0: 2}, "c": {5: 9}}
+    lines = [
+        {"row": row, "seed": seed, "round": 20, "variant": "own", "space": space, "inter": value}
+        for row, runs in values.items()
+        for seed, value in runs.items()
+        for space in "hz"
+    ]
+    lines.append({**lines[1], "round": 2, "inter": -0.5})  # a, seed 0, z
+    assert study.tables(map(json.dumps, lines)).split("\n\n")[0].splitlines() == [
+        "| inter-client −L_uniform of z | a | b | c |",
+        "| --- | --- | --- | --- |",
+        "| round 2, own | −0.500 | – | – |",
+        "| round 20, own | 1.667 ± 1.155 | 2.333 ± 1.528 | 9.000 |",
+    ]
+    assert study.crosswise(lines, "inter-client −L_uniform of h", "a").splitlines() == [
+        "| inter-client −L_uniform of h, minus a | b | c |",
+        "| --- | --- | --- |",
+        "| round 20, own | +0.667 (−5.585 to +6.919) | – |",
+    ]
+
+
 def test_no_table_has_more_than_eight_columns():
     every = {key: 1.0 for key, _, _ in study.COLUMNS.values()}
     lines = scores_lines({"a": {0: every}, "b": {0: every}})
