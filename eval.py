@@ -4,9 +4,10 @@ A protocol is fixed beforehand and its last epoch reported: nothing is chosen by
 The measures need torch alone; fine_tune, evaluate and the script also data.py and model.py.
 In another project:
 
-    >>> h, y = torch.eye(10).repeat(20, 1), torch.arange(10).repeat(20)     # your features, labels
-    >>> knn_accuracy(h, y, h, y, k=20), linear_probe(h, y, h, y, epochs=20), effective_rank(h)
-    (100.0, 100.0, 10.0)
+    >>> y = torch.arange(10).repeat(20)     # your labels
+    >>> h = torch.eye(10)[y]                # your features
+    >>> knn_accuracy(h, y, h, y, k=20), linear_probe(h, y, h, y, epochs=20), round(uniformity(h), 3)
+    (100.0, 100.0, -2.189)
 
     python eval.py runs/NAME/last.pt                                 # every protocol of the paper
     python eval.py runs/NAME/last.pt --finetune                      # without fine-tuning

@@ -278,8 +278,9 @@ def test_the_script_measures_once_and_prints_mean_spread_and_differences(capsys)
     assert f"| round 1, average | {' | '.join(cells)} |" in printed
     separation.main(["--minus", "pd"])
     apart = np.array(ssd) - pd
-    same = sum(apart * apart.mean() > 0)
-    cell = f"{apart.mean():+.3f} ± {apart.std(ddof=1):.3f} ({same}/2)".replace("-", "−")
+    half = 12.706 * apart.std(ddof=1) / 2**0.5
+    ends = f"({apart.mean() - half:+.3f} to {apart.mean() + half:+.3f})"
+    cell = f"{apart.mean():+.3f} {ends}".replace("-", "−")
     assert f"| round 1, average | {cell} |" in capsys.readouterr().out
 
 
@@ -287,7 +288,7 @@ def test_mistakes_are_one_line(capsys):
     baselines.main([*SMALL, "--method", "fedprox", "--out", "runs/fedprox"])
     capsys.readouterr()
     for flags, words in (
-        (["nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["nowhere.pt"], "nowhere.pt is not a checkpoint"),
         (["runs/fedprox/last.pt"], "is of fedprox"),
         (["nowhere.pt", "--out", "runs/fedprox/metrics.jsonl"], "holds something else"),
     ):
