@@ -77,7 +77,6 @@ def federated_round(
     clients = [int(k) for k in (choose(*draw, r) if choose else choose_clients(*draw))]
     share = sorted(clients, key=lambda k: -len(split[k]))[rank::world]
     mine = [k for k in clients if k in share]
-
     global_state = copy_state(model)
     total, states, reports = {}, [], {}
     add_to(total, global_state, weight=0)

@@ -104,10 +104,7 @@ def distill_loss(h, u, temperature=1.0):
 
 
 def hard_separation(u, d_k):
-    """Hard separation (HSD, the paper's ablation): unit rows on client k's own dimensions alone.
-
-    u (B, D) raw output, d_k (D,): dimensions with d_k = 1 are zeroed, then rows are normalised.
-    """
+    """Hard separation (HSD, the paper's ablation): u (B, D), unit rows on d_k's own dimensions."""
     if u.ndim != 2 or d_k.shape != u.shape[1:]:
         raise ValueError(f"hard_separation needs u (B, D) and d_k (D,), got {_shapes(u, d_k)}")
     return F.normalize(u * (d_k != 1), dim=1)

@@ -60,14 +60,13 @@ def resnet18(width=64):
     def stage(inputs, outputs, stride):
         shortcut = None
         if stride > 1:
-            # Below 16 channels first every other pixel, then a convolution of stride 1: the same
-            # numbers. With both in one, in channels-last, the gradient of the weights is written
-            # past oneDNN's buffer on many CPUs (github.com/uxlfoundation/oneDNN/issues/6035).
+            # Below 16 channels the pixels are taken before the convolution: in one, channels-last,
+            # oneDNN writes its weights' gradient past the buffer (oneDNN issue 6035).
             narrow = inputs < 16
-            parts = {"pixels": nn.AvgPool2d(1, stride)} if narrow else {}
-            parts["0"] = conv1x1(inputs, outputs, 1 if narrow else stride)
-            parts["1"] = nn.BatchNorm2d(outputs)
-            shortcut = nn.Sequential(OrderedDict(parts))
+            conv = conv1x1(inputs, outputs, 1 if narrow else stride)
+            parts = OrderedDict(pixels=nn.AvgPool2d(1, stride)) if narrow else OrderedDict()
+            parts |= {"0": conv, "1": nn.BatchNorm2d(outputs)}
+            shortcut = nn.Sequential(parts)
         first = BasicBlock(inputs, outputs, stride, shortcut)
         return nn.Sequential(first, BasicBlock(outputs, outputs))
 

@@ -240,8 +240,8 @@ def leave(error, folder, prog):
     status = {KeyboardInterrupt: 130}.get(type(error), 1 if folder else 2)  # 2: a user's mistake
     ours = (KeyboardInterrupt, FloatingPointError, OSError, dist.DistError, torch.OutOfMemoryError)
     theirs = ("can't allocate memory", "/gloo/", "Compiler")  # RuntimeErrors, by their text
-    mistake = not folder and isinstance(error, ValueError)
-    if not (mistake or isinstance(error, ours) or any(words in text for words in theirs)):
+    known = isinstance(error, ours) or any(words in text for words in theirs)
+    if not (known or status == 2 and isinstance(error, ValueError)):
         raise error
     go_on = f"; go on with: python {prog} --resume {folder}/last.pt" if folder else ""
     go_on += " --no-compile" * ("Compiler" in text)
@@ -276,7 +276,6 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
         images = data.train_x.to(device)
         split = make_split(config, data.train_y, checkpoint)
         config["clients"] = len(split)
-
         model = make_model(config).to(device, memory_format=torch.channels_last)
         if checkpoint and checkpoint["model"].keys() != model.state_dict().keys():
             raise ValueError(f"{config['resume']} is not of --method {config['method']}")
@@ -284,7 +283,6 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
         history = checkpoint["history"] if checkpoint else []
         sgd = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
         optimizer = torch.optim.SGD(model.parameters(), **sgd, fused=device.type == "cuda")
-
         names = ("rounds", "participation", "local_epochs", "batch_size", "seed")
         options = {name: config[name] for name in names}
         options["loss"] = make_loss(config, len(split), device)
