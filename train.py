@@ -327,7 +327,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
                 f"\nkNN {after:.1f} %, {of} ({min(MONITOR_TEST, len(data.test_y)):,} test images)"
             )
             print(f"run folder {folder}/: config.json, split.json, metrics.jsonl, last.pt")
-            print(f"next: python eval.py {folder}/last.pt, or --resume it with more --rounds")
+            print(f"next: python eval.py {folder}/last.pt, or --resume {folder}/last.pt --rounds N")
     except (KeyboardInterrupt, ValueError, ArithmeticError, OSError, RuntimeError) as error:
         leave(error, folder, parser.prog)
     if dist.is_initialized():
