@@ -107,7 +107,7 @@ def federated_round(
     weights = [len(split[k]) for k in kept]
     if not kept:
         model.load_state_dict(global_state)
-        raise FloatingPointError(f"no client of round {r + 1} has a finite loss: lower the rate lr")
+        raise FloatingPointError(f"no client of round {r + 1} has a finite loss: lower the rate")
     if average:
         new_state = average(states, weights, global_state, r, kept)
     else:

@@ -74,44 +74,44 @@ def band(axis, x, values, **style):
 
 
 def first_run(plt, lines):
-    """kNN and loss terms a round, from the lines of first_run.jsonl; round 0 is untrained."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
-    rounds = range(1, 1 + max(line["round"] for line in lines))
+    """kNN a round of each method: of all its seeds, and of the run that went on for longest.
 
-    def values(key, rounds):
-        return np.array([[line[key] for line in lines if line["round"] == r] for r in rounds]).T
-
-    knn, name = values("knn", rounds), f"SSD, {len(values('round', [0]))} seeds"
-    band(left, rounds, knn, color=COLOURS[0], label=name)
-    untrained = values("knn", [0]).repeat(len(rounds), 1)
-    band(left, rounds, untrained, color=COLOURS[7], linestyle="--", label="untrained encoder")
-    left.set_title("kNN %, 2,000 labels (↑ better)")
-    terms = {"−L_uniform ↑": -values("uniform", rounds), "L_align ↓": values("align", rounds)}
-    terms |= {"L_DSR ↓": values("dsr", rounds), "L_distill ↓": values("distill", rounds)}
-    for colour, (label, term) in zip(COLOURS, terms.items()):
-        band(right, rounds, term, color=colour)
-        right.text(rounds[-1] + 0.2, term[:, -1].mean(), label, color=colour, va="center")
-    right.set_title("loss terms in training")
+    lines: of first_run.jsonl; round 0, the untrained encoder, is the dashed line.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True)
+    runs = {}
+    for line in lines:
+        run = runs.setdefault(line["method"], {}).setdefault(line["seed"], [])
+        run.append(line["knn"])
+    last = min(len(run) for seeds in runs.values() for run in seeds.values())
+    for colour, (method, seeds) in zip(COLOURS, runs.items()):
+        short = np.array([run[1:last] for run in seeds.values()])
+        band(left, range(1, last), short, color=colour, label=f"{method}, {len(seeds)} seeds")
+        long = max(seeds.values(), key=len)
+        right.plot(range(1, len(long)), long[1:], color=colour)
+    untrained = np.mean([run[0] for seeds in runs.values() for run in seeds.values()])
     for axis in (left, right):
+        label = {"label": "untrained encoder"} if axis is left else {}
+        axis.axhline(untrained, color=COLOURS[7], linestyle="--", **label)
         axis.set_xlabel("round")
+    left.set_title("kNN %, 20 of 2,000 images (↑ better)")
+    right.set_title("the same, one seed, more rounds")
     legend(figure, left)
     figure.tight_layout()
     return figure
 
 
 def record(runs):
-    """Run folders -> lines of first_run.jsonl: seed, terms, scores a round, round 0 untrained."""
+    """Run folders -> lines of first_run.jsonl: method, seed, terms, scores; round 0: untrained."""
     left_out = {"lr", "seconds", "clients", "left_out"}
     for run in runs:
         config = json.loads((run / "config.json").read_text())
-        if config["method"] != "ssd":
-            raise ValueError(f"{run} is of {config['method']}, not of ssd")
         parts = list(json.loads((run / "split.json").read_text()).values())
         monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
         untrained = make_model(config).to(memory_format=torch.channels_last)
         for line in ({"round": 0, **monitor(untrained)}, *read(run / "metrics.jsonl")):
             kept = {name: value for name, value in line.items() if name not in left_out}
-            yield {"seed": config["seed"], **kept}
+            yield {"method": config["method"], "seed": config["seed"], **kept}
 
 
 def separation(plt, lines):
@@ -163,7 +163,7 @@ def separation(plt, lines):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         if row == "fedalignuniform":
-            axis.set_title(maps[variant], fontsize=11)
+            axis.set_title(maps[variant], fontsize=10)
         if variant == "own":
             axis.set_ylabel(methods[row], fontsize=11)
     bar = right.colorbar(picture, ax=axes, location="bottom", shrink=0.9, aspect=40)

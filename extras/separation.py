@@ -1,6 +1,6 @@
 """Whose is the separation, the images' or the networks'? One round's networks, seen crosswise.
 
-    python extras/separation.py runs/regime/*/last.pt     # for each the time of 1.3 rounds
+    python extras/separation.py runs/regime/*/last.pt     # trains a round for each
 
 Every client trains the run's common network for one more round; `measure` says which of the local
 networks, their average and the common one then embeds whose images. The file gets a line for each

@@ -261,10 +261,13 @@ def renew(page):
 
     KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
     of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
+    crosswise: a file of extras/separation.py.
     """
 
     def fill(block):
         (kind, files), found, own = block.groups(), {}, {}
+        if kind == "crosswise":
+            return f"<!-- {kind}: {files} -->\n\n{tables((ROOT / files).open())}\n\n<!-- end -->"
         row, _, asked = kind.partition(" minus ")
         for names in files.split(", "):
             studies = [read((ROOT / name).read_text().splitlines()) for name in names.split()]
@@ -280,7 +283,7 @@ def renew(page):
         made = table(f"minus {base}" if own else "difference", PAIRED, found, own)
         return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"
 
-    mark = r"<!-- (n [>=] 1|[^>]+ minus [^>]+): (\S+\.jsonl.*?) -->.*?<!-- end -->"
+    mark = r"<!-- (crosswise|n [>=] 1|[^>]+ minus [^>]+): (\S+\.jsonl.*?) -->.*?<!-- end -->"
     return re.sub(mark, fill, page, flags=re.S)
 
 

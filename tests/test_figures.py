@@ -86,7 +86,7 @@ def test_the_first_runs_rounds_are_kept_with_the_untrained_network(runs, capsys)
     ]
     metrics = figures.read(Path("runs/ssd-seed1/metrics.jsonl"))
     kept = set(metrics[1]) - {"lr", "seconds", "clients", "left_out"}
-    assert lines[5] == {"seed": 1, **{name: metrics[1][name] for name in kept}}
+    assert lines[5] == {"method": "ssd", "seed": 1, **{name: metrics[1][name] for name in kept}}
     train.main([*SMALL, "--seed", "1", "--rounds", "0", "--out", "runs/untrained"])
     assert f"of the untrained encoder {lines[3]['knn']:.1f} %" in capsys.readouterr().out
     Path("first/first_run.svg").unlink()
@@ -158,7 +158,6 @@ def test_mistakes_are_one_line(runs, capsys):
         (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--separation", "scores.jsonl"], "scores.jsonl is not a file of extras/separation.py"),
-        (["--first-run", "runs/pd"], "runs/pd is of pd, not of ssd"),
         (["--first-run", "nowhere"], "nowhere/config.json"),
     ):
         with pytest.raises(SystemExit) as stop:
