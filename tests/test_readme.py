@@ -246,16 +246,14 @@ def test_the_noise_floor_is_that_of_repeats():
 
 def test_the_separation_is_that_of_its_records():
     """Inter-client, of own and average networks; every run of assets/separation*.jsonl is there."""
-    titles = {"separation-wide": "width 64: ", "separation-epochs": "five epochs: "}
     rows = {}
     for file in sorted((ROOT / "assets").glob("separation*.jsonl")):
         for line in map(json.loads, file.open()):
             run, seed = line["run"].split("/")[-1].rsplit("-seed")
-            run = run.replace("-gamma-", " --gamma ").replace("-rounds-4-local-epochs-5", "")
-            label = f"{titles.get(file.stem, '')}{run}, round {line['rounds']}"
+            label = f"{run.replace('-gamma-', ' --gamma ')}, round {line['rounds']}"
             found = rows.setdefault(label, {}).setdefault((line["part"], line["when"]), {})
             found[seed] = line["inter"]
-    assert len(rows) == 16
+    assert len(rows) == 11
     for label, row in rows.items():
         cells = []
         for part in "zh":
