@@ -91,7 +91,7 @@ def resnet18(width=64):
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dict, and its network on the CPU, in evaluation mode.
 
-    No code in it is run; parts besides encoder and projector are left aside. Else ValueError.
+    No code in it is run; parts besides encoder and projector are left aside. ValueError else.
     """
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -101,7 +101,7 @@ def load_checkpoint(path):
         own = {n: v for n, v in state.items() if n.startswith(("encoder.", "projector."))}
         net.load_state_dict(own, assign=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        reason = " ".join((str(error) or type(error).__name__).split())[:120]
         raise ValueError(f"{path} is not a checkpoint of this train.py ({reason})") from error
     return checkpoint, net.eval().to(memory_format=torch.channels_last)
 
