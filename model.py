@@ -65,9 +65,10 @@ def resnet18(width=64):
     def stage(inputs, outputs, stride):
         shortcut = None
         if stride > 1:
-            # Below 16 channels first every other pixel, then a convolution of stride 1: the same
-            # numbers. With both in one, in channels-last, the gradient of the weights is written
-            # past oneDNN's buffer on many CPUs (github.com/uxlfoundation/oneDNN/issues/6035).
+            # Below 16 channels every other pixel first, then a convolution of stride 1: the same
+            # numbers. With both in one, channels-last, oneDNN writes past its buffer for the
+            # gradient of the weights: a crash, or no end, on CPUs with AVX2 or AVX-512, torch 2.6
+            # to 2.14 (github.com/uxlfoundation/oneDNN/issues/6035).
             narrow = inputs < 16
             parts = {"pixels": nn.AvgPool2d(1, stride)} if narrow else {}
             parts["0"] = conv1x1(inputs, outputs, 1 if narrow else stride)
