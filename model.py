@@ -61,7 +61,7 @@ def resnet18(width=64):
         shortcut = None
         if stride > 1:
             # Below 16 channels the pixels are taken before the convolution: in one, channels-last,
-            # oneDNN writes its weights' gradient past the buffer (oneDNN issue 6035).
+            # oneDNN writes its gradient past a buffer (torch 2.6 to 2.14, oneDNN's issue 6035).
             narrow = inputs < 16
             conv = conv1x1(inputs, outputs, 1 if narrow else stride)
             parts = OrderedDict(pixels=nn.AvgPool2d(1, stride)) if narrow else OrderedDict()
