@@ -376,5 +376,7 @@ def test_cifar_comes_from_torchvisions_files(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(FileNotFoundError, match="'cifar11' is neither a folder nor one of patterns, cifar10"):
+    with pytest.raises(
+        FileNotFoundError, match="'cifar11' is neither a folder nor one of patterns, cifar10"
+    ):
         load_dataset("cifar11")

@@ -130,14 +130,14 @@ def test_prepare_goes_on_with_what_this_app_trains_and_nothing_else(monkeypatch,
     monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
     monkeypatch.chdir(tmp_path)
     flags = "--dataset patterns --width 2 --clients 3 --alpha 1 --batch-size 16 --rounds 2".split()
-    for out, script, more in (
-        ("dsr", "train.py", ["--method", "dsr", "--local-epochs", "1"]),
-        ("hsd", "train.py", ["--method", "hsd", "--rounds", "0"]),
-        ("bare", "train.py", ["--no-projector", "--rounds", "0"]),
-        ("mine", "mine.py", ["--rounds", "0"]),
+    methods = {**train.METHODS, "mine": train.METHODS["ssd"]}
+    for out, more in (
+        ("dsr", ["--method", "dsr", "--local-epochs", "1"]),
+        ("hsd", ["--method", "hsd", "--rounds", "0"]),
+        ("bare", ["--no-projector", "--rounds", "0"]),
+        ("mine", ["--method", "mine", "--rounds", "0"]),
     ):
-        monkeypatch.setattr(sys, "argv", [script])
-        train.main([*flags, "--device", "cpu", "--out", out, *more])
+        train.main([*flags, "--device", "cpu", "--out", out, *more], methods=methods)
     config, split, model, history = server_app.prepare({"rounds": ""}, "dsr/last.pt")
     assert (config["rounds"], config["gamma"], config["out"]) == (2, 1.0, "dsr")
     assert len(split) == 3 and len(history) == 2
