@@ -9,7 +9,6 @@
     L_distill = E KL( softmax(h) || softmax(u) )   h learns what DSR did to u
 
 h representation, u projector output, z = u / ||u||, d_k client k's scale vector, the server's.
-The paper prints DSR's target as z * d_k: see `dsr_loss`.
 Needs torch; copies into another project as it is. There:
 
     >>> h1, u1, h2, u2 = torch.randn(4, 32, 512)     # your network's, of two views of 32 images
@@ -31,18 +30,16 @@ import torch.nn.functional as F
 def align_loss(z1, z2):
     """Alignment, mean ||z1 - z2||^2 (Wang & Isola 2020): unit rows (B, D) -> (), in [0, 4]."""
     if z1.shape != z2.shape or z1.ndim != 2:
-        raise ValueError(
-            f"align_loss needs two (B, D) of one shape, got {tuple(z1.shape)} and {tuple(z2.shape)}"
-        )
+        raise ValueError(f"align_loss needs two (B, D) of one shape, got {_shapes(z1, z2)}")
     return (z1 - z2).square().sum(1).mean()
 
 
 def uniform_loss(z, t=2.0):
     """Uniformity, log mean over pairs i < j of exp(-t ||zi - zj||^2) (Wang & Isola 2020).
 
-    z: unit rows (B, D), B >= 2 -> (), in [-4t, 0], lower is more uniform; about -2t at best for
-    large B and D. On the unit sphere ||zi - zj||^2 = 2 - 2 zi.zj, so one Gram matrix gives all
-    pairs; it is computed in float32 (or float64) even under autocast: bfloat16 is too coarse.
+    z: unit rows (B, D), B >= 2, not normalised here -> (), in [-4t, 0], lower is more uniform;
+    about -2t at best for large B and D. ||zi - zj||^2 = 2 - 2 zi.zj: one Gram matrix gives all
+    pairs, in float32 (or float64) even under autocast, since bfloat16 is too coarse.
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"uniform_loss needs at least two rows (B, D), got {tuple(z.shape)}")
@@ -55,19 +52,16 @@ def uniform_loss(z, t=2.0):
 
 
 def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
-    """The server's vectors d_k, sent once before training: (K, D) float32, row k is client k's.
+    """The server's vectors d_k, sent once before training: (K, D) float32 on the CPU, row k is d_k.
 
-    d_k is `scale` on client k's own floor(D / K) dimensions and 1 elsewhere. The sets are drawn
-    from `seed` and disjoint while K <= D; with more clients than dimensions each has one, shared,
-    and a warning says so. ValueError for sizes below 1 or a scale that is not finite and > 0.
-    Differs from the authors' code: there d_k belongs to the client's position in the round, and
-    its axes are random orthonormal ones.
+    d_k is `scale` on client k's own floor(D / K) dimensions, drawn from `seed`, and 1 elsewhere.
+    The sets are disjoint while K <= D; beyond, each client has one dimension, shared, and a warning
+    says so. Differs from the authors' code: there d_k belongs to the client's position in the
+    round, and its axes are random orthonormal ones.
     """
     if num_clients < 1 or dim < 1 or not 0 < scale < math.inf:
-        raise ValueError(
-            "scaling_vectors needs num_clients >= 1, dim >= 1 and a finite scale > 0, "
-            f"got {num_clients}, {dim}, {scale}"
-        )
+        got = f"got {num_clients}, {dim}, {scale}"
+        raise ValueError(f"needs num_clients >= 1, dim >= 1 and a finite scale > 0, {got}")
     if num_clients > dim:
         warnings.warn(f"{num_clients} clients share {dim} dimensions, not disjoint", stacklevel=2)
     d, own = torch.ones(num_clients, dim), max(1, dim // num_clients)
@@ -82,15 +76,12 @@ def dsr_loss(z, d_k, on_sphere=True):
     """Dimension-scaled regularisation, mean ||z - stopgrad(target)||^2: z unit rows (B, D) -> ().
 
     on_sphere=True, what training uses: target = z * d_k / ||z * d_k||; loss in [0, 2).
-    on_sphere=False: target = z * d_k, the formula as the paper prints it. With its gamma 1 and
-    scale a = 10 the gradient on a client's own dimensions is -2 (a - 1) z / B = -18 z / B, drowns
-    the other terms, and the encoder ends below an untrained one (README, The method).
+    on_sphere=False: target = z * d_k, as the paper prints it. With gamma 1 and scale a = 10 the
+    gradient on own dimensions is then -2 (a - 1) z / B = -18 z / B and drowns the other terms.
     d_k (D,). The gradient for z is 2 (z - target) / B: nothing flows through the target.
     """
     if z.ndim != 2 or d_k.shape != z.shape[1:]:
-        raise ValueError(
-            f"dsr_loss needs z (B, D) and d_k (D,), got {tuple(z.shape)} and {tuple(d_k.shape)}"
-        )
+        raise ValueError(f"dsr_loss needs z (B, D) and d_k (D,), got {_shapes(z, d_k)}")
     target = z.detach() * d_k
     if on_sphere:
         target = F.normalize(target, dim=1)
@@ -104,10 +95,8 @@ def distill_loss(h, u, temperature=1.0):
     temperature (T = 1). Differs from the authors' code: KL(softmax(u/T) || softmax(h/T)), T = 0.5.
     """
     if h.shape != u.shape or h.ndim != 2:
-        raise ValueError(
-            "distill_loss needs h and u of one shape (B, D), "
-            f"got {tuple(h.shape)} and {tuple(u.shape)}"
-        )
+        hint = "give the projector h's width, or take delta 0"
+        raise ValueError(f"distill_loss needs h and u (B, D), got {_shapes(h, u)}: {hint}")
     if not temperature > 0:
         raise ValueError(f"distill_loss needs a temperature > 0, got {temperature}")
     log_p, log_q = (F.log_softmax(v / temperature, dim=1) for v in (h, u))
@@ -115,26 +104,23 @@ def distill_loss(h, u, temperature=1.0):
 
 
 def hard_separation(u, d_k):
-    """Hard separation (HSD, the paper's ablation): unit rows on client k's own dimensions alone.
-
-    u (B, D) raw output, d_k (D,): dimensions with d_k = 1 are zeroed, then rows are normalised.
-    Where all of d_k is 1 the rows are zero: to look for that would wait for the device.
-    """
+    """Hard separation (HSD, the paper's ablation): u (B, D), unit rows on d_k's own dimensions."""
     if u.ndim != 2 or d_k.shape != u.shape[1:]:
-        raise ValueError(
-            "hard_separation needs u (B, D) and d_k (D,), "
-            f"got {tuple(u.shape)} and {tuple(d_k.shape)}"
-        )
+        raise ValueError(f"hard_separation needs u (B, D) and d_k (D,), got {_shapes(u, d_k)}")
     return F.normalize(u * (d_k != 1), dim=1)
+
+
+def _shapes(one, other):
+    return f"{tuple(one.shape)} and {tuple(other.shape)}"
 
 
 def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
     """SSD's local objective on two views: the total () and a dict of its terms by name, detached.
 
-    h1, h2 (B, D) representations, u1, u2 (B, D) raw projector outputs, d_k (D,). uniform, dsr and
-    distill are means over the views; a term of weight 0 is still reported. FedAlignUniform is
-    gamma = delta = 0; hard=True replaces z by `hard_separation`. The weights are the paper's. Its
-    authors' DSR is one norm / B, no mean of squared norms: like gamma 0.05 here at B = 128.
+    h1, h2 (B, D) representations, u1, u2 (B, D) raw projector outputs, d_k (D,), all on one device.
+    uniform, dsr, distill: means over the views, reported also at weight 0, but for distill where h
+    and u differ in width. FedAlignUniform is gamma = delta = 0; hard=True: `hard_separation` for z.
+    The weights are the paper's; its authors' DSR is one norm / B: like gamma 0.05 here at B = 128.
     """
     h1, u1, h2, u2 = (v if v.dtype == torch.float64 else v.float() for v in (h1, u1, h2, u2))
     z1, z2 = (hard_separation(u, d_k) if hard else F.normalize(u, dim=1) for u in (u1, u2))
@@ -142,19 +128,18 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
         "align": align_loss(z1, z2),
         "uniform": (uniform_loss(z1) + uniform_loss(z2)) / 2,
         "dsr": (dsr_loss(z1, d_k) + dsr_loss(z2, d_k)) / 2,
-        "distill": (distill_loss(h1, u1) + distill_loss(h2, u2)) / 2,
     }
-    total = (
-        terms["align"] + beta * terms["uniform"] + gamma * terms["dsr"] + delta * terms["distill"]
-    )
+    total = terms["align"] + beta * terms["uniform"] + gamma * terms["dsr"]
+    if delta or h1.shape == u1.shape:
+        terms["distill"] = (distill_loss(h1, u1) + distill_loss(h2, u2)) / 2
+        total = total + delta * terms["distill"]
     return total, {name: term.detach() for name, term in terms.items()}
 
 
 def toy(steps=5):
-    """The paper's toy picture: two clients' points (200, 3) after 0, 1, ... steps of DSR alone.
+    """The paper's toy: two clients' points (200, 3) and inter-client -L_uniform, step by step.
 
-    Yields [client 0's, client 1's] and their inter-client -L_uniform. A step is gradient descent on
-    every point's own DSR loss, step size 0.1: z <- normalise(0.8 z + 0.2 target).
+    A step is gradient descent on every point's own DSR loss: z <- normalise(0.8 z + 0.2 target).
     """
     d, draws = scaling_vectors(num_clients=2, dim=3), torch.Generator().manual_seed(0)
     both = [F.normalize(1 + 0.5 * torch.randn(200, 3, generator=draws), dim=1) for _ in d]
@@ -167,32 +152,25 @@ def toy(steps=5):
 
 
 def main():
-    """Values to check by hand, and the toy picture in figures."""
+    """Values to check by hand, and the toy in figures."""
     east, north, west = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).split(1)
     for name, other in (("at a right angle", north), ("opposite", west)):
-        print(
-            f"two points {name}: align {align_loss(east, other):.0f}, the squared distance; "
-            f"uniform {uniform_loss(torch.cat([east, other])):.0f}, -t times it"
-        )
-    z, d_k = torch.tensor([[0.6, 0.8]]), torch.tensor([10.0, 1.0])
-    print(
-        f"z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132); "
-        f"dsr {dsr_loss(z, d_k):.3f} = 0.391^2 + 0.668^2"
-    )
-    h, u = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
-    print(
-        f"softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2): distill {distill_loss(h, u):.3f} "
-        "= 3/4 log 3/2 + 1/4 log 1/2"
-    )
+        align, uniform = align_loss(east, other), uniform_loss(torch.cat([east, other]))
+        print(f"two points {name}: align {align:.0f}, the squared distance; ", end="")
+        print(f"uniform {uniform:.0f}, -t times it")
+    dsr = dsr_loss(torch.tensor([[0.6, 0.8]]), torch.tensor([10.0, 1.0]))
+    print("z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132); ", end="")
+    print(f"dsr {dsr:.3f} = 0.391^2 + 0.668^2")
+    distill = distill_loss(torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2))
+    print(f"softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2): distill {distill:.3f} ", end="")
+    print("= 3/4 log 3/2 + 1/4 log 1/2")
     print("\ntwo clients, 200 points each on the unit sphere in 3-D, moved by DSR alone")
     for k, d_k in enumerate(scaling_vectors(num_clients=2, dim=3)):
         print(f"d_{k} = {d_k.tolist()}")
     for step, (both, inter) in enumerate(toy()):
-        means = ", ".join(
-            f"client {k} around ({', '.join(f'{c:.2f}' for c in z.mean(0))})"
-            for k, z in enumerate(both)
-        )
-        print(f"step {step}: inter-client -L_uniform {inter:.3f}, {means}")
+        one, other = (", ".join(f"{c:.2f}" for c in z.mean(0)) for z in both)
+        print(f"step {step}: inter-client -L_uniform {inter:.3f}, ", end="")
+        print(f"client 0 around ({one}), client 1 around ({other})")
 
 
 if __name__ == "__main__":

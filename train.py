@@ -3,16 +3,17 @@ r"""Train SSD, or one of its ablations, on K simulated clients: from data to che
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
     python train.py --dataset patterns --width 16 --clients 5 --alpha 1 --rounds 10 \
         --local-epochs 1 --batch-size 64 --lr 0.03       # no download, two to three minutes
-    python train.py --resume runs/NAME/last.pt
+    python train.py --resume runs/NAME/last.pt           # flags beside it replace the run's
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
 
-Read `main` first, at the end: flags, data, split, network, loss, loop over rounds. A run writes
-runs/NAME/: config.json (flags, versions, device), split.json (client -> indices of training
-images) and, after every round, last.pt and metrics.jsonl (a line a round).
-`python eval.py runs/NAME/last.pt` evaluates it.
+Read `main` first, at the end. A run writes runs/NAME/: config.json (flags, versions, device),
+split.json (client -> indices of training images) and, after every round, last.pt and metrics.jsonl
+(a line a round). `python eval.py runs/NAME/last.pt` evaluates it.
 """
 
 import argparse
+import io
+import json
 import os
 import signal
 import sys
@@ -24,23 +25,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torchvision
 
 from data import check_split, dirichlet_split, draw_views, load_dataset, make_views, read_split
-from eval import (
-    OneLineParser,
-    bf16_is_fast,
-    load_checkpoint,
-    number,
-    open_run,
-    pick_device,
-    quick_scores,
-    save_checkpoint,
-)
+from eval import as_shown, one_line_parser, pick_device, quick_scores
 from federated import gather, keyed_generator, processes, train_federated
 from losses import scaling_vectors, ssd_loss
-from model import SSDNet
+from model import SSDNet, load_checkpoint
 
-# The rows of the paper's ablation are choices of weights: gamma of DSR, delta of distillation.
+# The rows of the paper's ablation, as weights: gamma of DSR, delta of distillation.
 # hsd, besides, replaces z by losses.hard_separation.
 METHODS = {
     "fedalignuniform": {"gamma": 0.0, "delta": 0.0},
@@ -49,21 +42,31 @@ METHODS = {
     "ssd": {"gamma": 1.0, "delta": 0.1},
     "hsd": {"gamma": 0.0, "delta": 0.0},
 }
-MAY_CHANGE = {"resume", "rounds", "device", "data_dir"}  # on --resume; the rest is the checkpoint's
+# What a run is: flags beside --resume may change all else.
+RUN = "method dataset limit clients alpha split_file seed width projector out".split()
 MONITOR_TRAIN, MONITOR_TEST = 2000, 1000  # images of each round's kNN; eval.py takes all
 TERMINAL = sys.stdout.isatty()
-CLEAR = "\r\033[K" if TERMINAL else ""  # wipes the line that shows the progress
+CLEAR = "\r\033[K" if TERMINAL else ""  # wipes the line that shows who trains
 
 
-# ---------------------------------------------------------------------------- flags
+def number(kind, low, high=sys.float_info.max):
+    """An argparse type: an int or a float in [low, high]."""
+
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low} and at most {high:g}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid ..."
+    return parse
 
 
 # fmt: off
 def build_parser(methods=METHODS):
     """Every flag, in four groups; the defaults are the paper's run."""
-    count, positive, weight = number(int, 1), number(float, above=0), number(float, 0)
-    share, switch = number(float, above=0, high=1), argparse.BooleanOptionalAction
-    parser = OneLineParser(Path(sys.argv[0]).name, description=__doc__.splitlines()[0])
+    count, weight, positive = number(int, 1), number(float, 0), number(float, 1e-12)
+    share, switch = number(float, 1e-12, 1), argparse.BooleanOptionalAction
+    parser = one_line_parser(Path(sys.argv[0]).name, __doc__.splitlines()[0])
     add = parser.add_argument_group("federated").add_argument
     add("--dataset", default="cifar10", help="cifar10, cifar100, tinyimagenet, patterns, or a "
         "folder with train/<class>/ and test/<class>/ or val/<class>/ (%(default)s)")
@@ -96,7 +99,7 @@ def build_parser(methods=METHODS):
     add("--amp", action=switch, help="bfloat16 (where it is fast)")
     add("--compile", action=switch, default=False, help="torch.compile, CUDA graphs (%(default)s)")
     add("--out", help="run folder (a new one under runs/)")
-    add("--resume", metavar="LAST_PT", help="go on with a run's last.pt; --rounds may be raised")
+    add("--resume", metavar="LAST_PT", help="go on with a run; a flag beside it replaces the run's")
     return parser
 # fmt: on
 
@@ -104,31 +107,21 @@ def build_parser(methods=METHODS):
 def read_config(parser, argv=None, methods=METHODS):
     """Flags -> config, a dict, and when resuming the checkpoint, whose flags are the defaults."""
     config, checkpoint = vars(parser.parse_args(argv)), None
-    if config["resume"]:
-        checkpoint, _ = load_checkpoint(config["resume"])
-        saved = {**checkpoint["config"], "out": str(Path(config["resume"]).parent)}
-        if (script := saved.pop("script", parser.prog)) != parser.prog:
-            raise ValueError(f"{config['resume']} was trained by {script}: go on with that")
-        if odd := ", ".join(sorted(saved.keys() ^ config.keys())):
-            raise ValueError(f"{config['resume']} is another script's: they differ in {odd}")
-        # as text, so that a checkpoint's values are checked like a user's
-        texts = {f: v if v is None or type(v) is bool else str(v) for f, v in saved.items()}
-        parser.set_defaults(**{**texts, "device": "auto"})
+    if path := config["resume"]:
+        checkpoint, _ = load_checkpoint(path)
+        saved = {**checkpoint["config"], "out": str(Path(path).parent)}
+        if odd := saved.keys() - config.keys():
+            raise ValueError(f"{path} is another script's: {parser.prog} has no {min(odd)}")
+        parser.set_defaults(**{**saved, "device": "auto"})
         config = vars(parser.parse_args(argv))
-        for flag in config.keys() - MAY_CHANGE:
-            if config[flag] != saved[flag]:
-                text = f"--{flag.replace('_', '-')} {config[flag]} contradicts the checkpoint's"
-                raise ValueError(f"{text} {saved[flag]}: leave it out, or start without --resume")
-        if config["rounds"] < (done := len(checkpoint["history"])):
-            raise ValueError(f"--rounds {config['rounds']}: {done} are done already")
+        if odd := [name for name in RUN if config[name] != saved[name]]:
+            flag, value = f"--{odd[0].replace('_', '-')} {config[odd[0]]}", saved[odd[0]]
+            raise ValueError(f"{flag}: the run of {path} has {value}, start one of your own")
     if config["method"] not in methods:  # argparse does not check a default
         raise ValueError(f"--method {config['method']}: {parser.prog} does not have it")
-    weights = methods[config["method"]].items()
-    config.update((name, value) for name, value in weights if config[name] is None)
+    for name, value in methods[config["method"]].items():
+        config[name] = value if config[name] is None else config[name]
     return config, checkpoint
-
-
-# ---------------------------------------------------------------------------- split, network, loss
 
 
 def make_split(config, labels, checkpoint):
@@ -136,7 +129,6 @@ def make_split(config, labels, checkpoint):
     limit, clients = config["limit"], config["clients"]
     if limit and limit > len(labels):
         raise ValueError(f"--limit {limit}: there are only {len(labels)} training images")
-    # whatever the seed, the same images; without a limit all of them
     pool = torch.randperm(len(labels), generator=keyed_generator("limit"))[:limit].sort().values
     if not (checkpoint or config["split_file"]):
         parts = dirichlet_split(labels[pool], clients or 10, config["alpha"], config["seed"])
@@ -158,8 +150,8 @@ def make_loss(config, num_clients, device, objective=ssd_loss):
     if hard and np.float32(config["scale"]) == 1:
         raise ValueError("--method hsd needs --scale other than 1, which marks no dimension")
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
-    d = scaling_vectors(num_clients, 8 * config["width"], config["scale"], config["seed"])
-    d = d.to(device)
+    own = num_clients, 8 * config["width"], config["scale"], config["seed"]
+    d = scaling_vectors(*own).to(device)
 
     def compute(model, images, drawn, d_k):
         x1, x2 = make_views(images, drawn)
@@ -187,74 +179,83 @@ def make_monitor(config, data, split):
     return lambda model: quick_scores(model, *some, config["amp"])
 
 
-# ---------------------------------------------------------------------------- how long, and the end
+def open_run(config, split, model):
+    """A new folder, config["out"] or one under runs/, with the untrained network's last.pt."""
+    name = f"{Path(config['dataset']).name}-{config['method']}-k{config['clients']}"
+    name = f"runs/{name}-seed{config['seed']}"
+    names = [config["out"]] if config["out"] else [name, *(f"{name}-{i}" for i in range(2, 1000))]
+    free = [f for f in map(Path, names) if not f.exists() or f.is_dir() and not any(f.iterdir())]
+    if not free:
+        raise ValueError(f"{names[0]} is not empty: choose another --out, or --resume its last.pt")
+    folder, device = free[0], next(model.parameters()).device
+    config["out"] = str(folder)
+    record = {**config, "threads": torch.get_num_threads(), "processes": processes()[1]}
+    record["device_name"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    record["versions"] = {m.__name__: m.__version__ for m in (np, torch, torchvision)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(record, indent=1))
+    (folder / "split.json").write_text(json.dumps({k: p.tolist() for k, p in enumerate(split)}))
+    save_checkpoint(folder, config, split, model, [])
+    return folder
 
 
-def make_progress(optimizer, config, split, history):
-    """Say how long it will take: returns `federated_round`'s progress, and counts the steps.
+def save_checkpoint(folder, config, split, model, history):
+    """Write metrics.jsonl, a line a round, then last.pt, all that --resume and eval.py need.
 
-    On a terminal once a second: client, step, time left of round and run. Elsewhere one line, once
-    20 steps are done. Only the clock is read: no step waits for the device.
+    Weights and rounds done are enough to go on exactly: every client's optimiser is fresh, random
+    numbers are keyed by seed, round and client. A kill leaves the old last.pt or the new one.
     """
-    steps = [config["local_epochs"] * max(1, len(part) // config["batch_size"]) for part in split]
-    who, done, of = "", 0, 0  # client, steps of this round
-    count, start, shown = 0, 0.0, 0.0  # steps since the start, seconds
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    checkpoint = {"config": {**config, "resume": None}, "history": history}
+    checkpoint["split"] = [torch.from_numpy(part) for part in split]
+    checkpoint["model"] = {name: value.cpu() for name, value in model.state_dict().items()}
+    content = io.BytesIO()  # torch.save into a full disk is no OSError
+    torch.save(checkpoint, content)
+    (folder / "last.pt.tmp").write_bytes(content.getbuffer())
+    (folder / "last.pt.tmp").replace(folder / "last.pt")
+
+
+def make_progress(config, split, history):
+    """`federated_round`'s progress on a terminal: who trains, time left, from the images done."""
+    start, seen = time.time(), 0
 
     def progress(k, mine):
-        nonlocal who, done, of
-        if k == mine[0]:
-            done, of = 0, sum(steps[i] for i in mine)
-        who = f"client {mine.index(k) + 1} of {len(mine)}"
+        nonlocal seen
+        place, sizes = mine.index(k), [len(split[i]) for i in mine]
+        text, this_round = f"client {place + 1} of {len(mine)}", sum(sizes[place:])
+        if seen:
+            run = this_round + sum(sizes) * (config["rounds"] - len(history) - 1)
+            pace = (time.time() - start) / seen
+            left = (timedelta(seconds=round(pace * images)) for images in (this_round, run))
+            text += ", left: {} of the round, {} of the run".format(*left)
+        print(CLEAR + text, end="", flush=True)
+        seen += sizes[place]
 
-    def after_step(*_):
-        nonlocal count, start, shown, done
-        count, done, now = count + 1, done + 1, time.time()
-        if count == 1:  # the first step, which may compile, is not like the others
-            start = shown = now
-        elif (now > shown + 1) if TERMINAL else (count == 20):
-            shown, more = now, of * (config["rounds"] - len(history) - 1)
-            seconds = (n * (now - start) / (count - 1) for n in (of, of - done, of - done + more))
-            whole, left, rest = (timedelta(seconds=round(s)) for s in seconds)
-            if TERMINAL:
-                text = f"{who}, step {done} of {of}, left: {left} of the round, {rest} of the run"
-                print(CLEAR + text, end="", flush=True)
-            else:
-                print(f"after 20 steps: about {whole} a round, {rest} for the run", flush=True)
-
-    optimizer.register_step_post_hook(after_step)
-    return progress
+    return progress if TERMINAL else None
 
 
 def leave(error, folder, prog):
-    """End a run that has begun with one line, why and how to go on, and an exit status."""
-    status, go_on = 1, f"Go on with: python {prog} --resume {folder}/last.pt" if folder else ""
-    no_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if isinstance(error, KeyboardInterrupt):  # Ctrl-C, or SIGTERM
-        status, why = 130, f"stopped. {go_on}" if folder else "stopped before the first round"
-    elif isinstance(error, FloatingPointError):
-        why = f"{error}. {folder} keeps the rounds before: start anew with a lower --lr"
-    elif no_memory:
-        why = "out of memory: start anew with a smaller --batch-size or --width"
-    elif isinstance(error, OSError):
-        why = f"{error}. The last checkpoint is whole. {go_on}"
-    elif isinstance(error, dist.DistError) or "/gloo/" in str(error):  # gloo's are RuntimeErrors
-        why = f"another process is not there ({str(error).splitlines()[0]}). {go_on}"
-    else:  # a fault of the code itself
+    """End with one line, why and how to go on, and an exit status; raise a fault of the code."""
+    text = (str(error).strip() or "stopped").splitlines()[0]
+    status = {KeyboardInterrupt: 130}.get(type(error), 1 if folder else 2)  # 2: a user's mistake
+    ours = (KeyboardInterrupt, FloatingPointError, OSError, dist.DistError, torch.OutOfMemoryError)
+    theirs = ("can't allocate memory", "/gloo/", "Compiler")  # RuntimeErrors, by their text
+    known = isinstance(error, ours) or any(words in text for words in theirs)
+    if not (known or status == 2 and isinstance(error, ValueError)):
         raise error
-    if not processes()[0] or isinstance(error, OSError) or no_memory:
-        print(f"{CLEAR}{why}", file=sys.stderr, flush=True)
+    go_on = f"; go on with: python {prog} --resume {folder}/last.pt" if folder else ""
+    go_on += " --no-compile" * ("Compiler" in text)
+    if not processes()[0] or isinstance(error, OSError):  # one process speaks
+        print(f"{CLEAR}{prog}: {text}{go_on}", file=sys.stderr, flush=True)
     os._exit(status) if dist.is_initialized() else sys.exit(status)  # no waiting for the others
-
-
-# ---------------------------------------------------------------------------- the run
 
 
 def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_options=None):
     """Flags -> data -> split -> network -> loss -> the loop over rounds -> run folder.
 
-    A script that trains another method hands over what differs: its flags, its rows beside
-    METHODS, its network, and make_options, (config, images, split) -> keyword arguments of
-    `federated.train_federated`, its loss and rules; extras/baselines.py does.
+    A script of one's own hands over what differs: flags, rows beside METHODS, network, and
+    make_options, (config, images, split) -> keyword arguments of `federated.train_federated`, such
+    as its loss; extras/baselines.py does.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
@@ -267,43 +268,43 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
             sys.stdout = None
             gather({})  # waits for all
         config, checkpoint = read_config(parser, argv, methods)
-        config["script"] = parser.prog  # which alone resumes the run
         device = pick_device(config["device"])
-        config["amp"] = bf16_is_fast(device) if config["amp"] is None else config["amp"]
-
+        if config["amp"] is None:  # bfloat16 from Ampere on; a CPU computes in float32
+            config["amp"] = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+        torch.backends.cudnn.benchmark = True  # the shapes of training are fixed
         data = load_dataset(config["dataset"], config["data_dir"])
         images = data.train_x.to(device)
         split = make_split(config, data.train_y, checkpoint)
         config["clients"] = len(split)
-
-        model, history = make_model(config).to(device, memory_format=torch.channels_last), []
-        if checkpoint:
-            if checkpoint["model"].keys() != model.state_dict().keys():
-                raise ValueError(f"{config['resume']} is not of --method {config['method']}")
-            model.load_state_dict(checkpoint["model"])
-            history = checkpoint["history"]
+        model = make_model(config).to(device, memory_format=torch.channels_last)
+        if checkpoint and checkpoint["model"].keys() != model.state_dict().keys():
+            raise ValueError(f"{config['resume']} is not of --method {config['method']}")
+        model.load_state_dict(checkpoint["model"] if checkpoint else model.state_dict())
+        history = checkpoint["history"] if checkpoint else []
         sgd = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
         optimizer = torch.optim.SGD(model.parameters(), **sgd, fused=device.type == "cuda")
-
         names = ("rounds", "participation", "local_epochs", "batch_size", "seed")
         options = {name: config[name] for name in names}
         options["loss"] = make_loss(config, len(split), device)
-        options |= make_options(config, images, split) if make_options else {}
-        if world > 1 and "average" in options:
+        options["progress"] = make_progress(config, split, history)
+        own = make_options(config, images, split) if make_options else {}
+        if config["method"] in METHODS and own.keys() & {"loss", "average"}:
+            row = "what differs needs a row of its own in main's methods"
+            raise ValueError(f"--method {config['method']} is train.py's: {row}")
+        if world > 1 and "average" in own:
             raise ValueError("this rule of averaging needs all states: run one process")
-        options["progress"] = make_progress(optimizer, config, split, history)
+        options |= own
         monitor = make_monitor(config, data, split)
         if not rank:
             folder = Path(config["out"]) if checkpoint else open_run(config, split, model)
             gather({})  # now the others begin
         folder = folder or Path("runs")  # not None: training has begun
-        sizes = [len(part) for part in split]
-        text = f"{config['method']} on {config['dataset']}: {sum(sizes):,} images, {len(split)} "
-        text += f"clients with {min(sizes):,} to {max(sizes):,}, {device}, "
-        text += ("bfloat16" if config["amp"] else "float32") + f", {world} processes" * (world > 1)
-        print(text, flush=True)
-        done = len(history)
-        began = last = time.time()
+        sizes = sorted(len(part) for part in split)
+        text = f"{sum(sizes):,} images, {len(split)} clients with {sizes[0]:,} to {sizes[-1]:,}, "
+        text += f"{device}, " + ("bfloat16" if config["amp"] else "float32")
+        text += f", {world} processes" * (world > 1)
+        print(f"{config['method']} on {config['dataset']}: {text}", flush=True)
+        done, began, last = len(history), time.time(), time.time()
         for r, report in train_federated(model, optimizer, images, split, start=done, **options):
             if rank:
                 continue  # the first process scores and writes
@@ -313,27 +314,21 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
             history.append({**line, **report, **terms, **scores})
             save_checkpoint(folder, config, split, model, history)  # last.pt, metrics.jsonl
             left = (time.time() - began) / (r + 1 - done) * (config["rounds"] - r - 1)
-            text = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-            text = text.replace("uniform -", "-uniform ")  # -L_uniform, as the paper has it
-            text += f"  kNN {scores['knn']:.1f} %  {seconds:.1f} s  "
-            text += f"{timedelta(seconds=round(left))} left"
-            if report["left_out"]:
-                text += f"  left out, not finite: client {report['left_out']}"
+            shown = (as_shown(name, value) for name, value in terms.items())
+            text = "  ".join(f"{name} {value:.3f}" for name, value in shown)
+            rest = f"{seconds:.1f} s  {timedelta(seconds=round(left))} left"
+            text += f"  kNN {scores['knn']:.1f} %  {rest}"
+            text += f"  left out, not finite: {report['left_out']}" * bool(report["left_out"])
             print(f"{CLEAR}round {r + 1:3d}/{config['rounds']}  {text}", flush=True)
         if not rank:
-            untrained = make_model(config).to(device, memory_format=torch.channels_last)
-            more = f"{folder}/last.pt --rounds {2 * config['rounds'] or 10}"
-            print(f"""
-kNN {monitor(model)["knn"]:.1f} %, of the untrained encoder {monitor(untrained)["knn"]:.1f} % \
-({min(MONITOR_TEST, len(data.test_y)):,} test images)
-run folder {folder}/: last.pt, metrics.jsonl, split.json, config.json
-next: python eval.py {folder}/last.pt
-      (linear probe, fine-tuning, kNN, uniformity, effective rank: on all images)""")
-            if "lr" not in options:  # more rounds would change a schedule
-                print(f"      python {parser.prog} --resume {more}")
+            before = monitor(make_model(config).to(device, memory_format=torch.channels_last))
+            after, of = monitor(model)["knn"], f"of the untrained encoder {before['knn']:.1f} %"
+            print(
+                f"\nkNN {after:.1f} %, {of} ({min(MONITOR_TEST, len(data.test_y)):,} test images)"
+            )
+            print(f"run folder {folder}/: config.json, split.json, metrics.jsonl, last.pt")
+            print(f"next: python eval.py {folder}/last.pt, or --resume {folder}/last.pt --rounds N")
     except (KeyboardInterrupt, ValueError, ArithmeticError, OSError, RuntimeError) as error:
-        if not folder and isinstance(error, (ValueError, OSError)):
-            parser.error(str(error))  # a user's mistake, found before the first round: status 2
         leave(error, folder, parser.prog)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -6,6 +6,7 @@
     L-DAWA      a rule of averaging                              ldawa_average
     FedProx     a term that holds on to the global weights       fedprox_term
     CHOICES     what paper and authors' code leave open in SSD   authors_dsr, objective
+    ssd-common  client 0's d_k for everyone: DSR that cannot part clients
 
 The first five, but for FedX with its own objective, stand on align + beta uniform as SSD does.
 Data, split, network and evaluation are SSD's, flags and run folder train.py's:
@@ -29,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from data import augment, draw_params, two_views  # noqa: E402
-from eval import load_checkpoint  # noqa: E402
 from federated import average_states  # noqa: E402
 from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 NAMES = ("feddecorr", "fedx", "fedu2", "ldawa", "fedprox")
 LOSSES = {"feddecorr", "fedx", "fedu2", "fedprox"}  # those with a loss of their own
@@ -164,7 +165,7 @@ def min_norm_weights(updates, steps=10_000):
     return a
 
 
-def fedu2_average(states, weights, global_state, r):
+def fedu2_average(states, weights, global_state, *_):
     """EUA, FedU2's efficient unified aggregator: a step that lowers every client's loss alike.
 
         g_k = (w - w_k) / ||w - w_k||,   w <- w - step sum_k a_k g_k,   a = min_norm_weights(g)
@@ -198,7 +199,7 @@ def fedu2_average(states, weights, global_state, r):
 # ---------------------------------------------------------------------------- L-DAWA
 
 
-def ldawa_average(states, weights, global_state, r):
+def ldawa_average(states, weights, global_state, r, *_):
     """L-DAWA (Rehman et al., ICCV 2023): every tensor weighted by its angle to the global one.
 
         w <- 1/K sum_k delta_k w_k,   delta_k = min(1, cos(w_k, w))
@@ -282,6 +283,7 @@ METHODS = {
     **train.METHODS,
     **{name: {"gamma": 0.0, "delta": 0.0} for name in NAMES},
     **{name: choice[0] for name, choice in CHOICES.items()},
+    "ssd-common": SSD,
 }
 
 # ---------------------------------------------------------------------------- script
@@ -332,6 +334,9 @@ def make_options(config, images, split):
             dsr = functools.partial(dsr, q=random_axes(8 * config["width"]).to(images.device))
         changed = functools.partial(objective, dsr=dsr, distill=distill)
         method["loss"] = train.make_loss(config, len(split), images.device, changed)
+    if name == "ssd-common":  # client 0's d_k for everyone
+        ssd = train.make_loss(config, len(split), images.device)
+        method["loss"] = lambda model, batch, k, *rest: ssd(model, batch, 0, *rest)
     if name == "ssd-cosine":
         done = load_checkpoint(config["resume"])[0]["config"] if config["resume"] else config
         if done["rounds"] != config["rounds"]:

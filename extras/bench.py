@@ -31,11 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import draw_params, draw_views, two_views  # noqa: E402
-from eval import OneLineParser, bf16_is_fast, number, pick_device  # noqa: E402
+from eval import one_line_parser, pick_device  # noqa: E402
 from federated import keyed_generator, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
 from model import SSDNet  # noqa: E402
-from train import build_parser, make_loss  # noqa: E402
+from train import build_parser, make_loss, number  # noqa: E402
 
 PAPER_STEPS = 192_500  # CIFAR-10, 10 clients, 100 rounds, 5 local epochs
 
@@ -68,9 +68,11 @@ class Row:
     """One configuration of the step, with a network and an optimiser of its own."""
 
     def __init__(
-        self, name, args, device, *, loader=False, nchw=False, sync=True, views=True, **config
-    ):
+        self, name, args, device, *, loader=False, nchw=False, sync=True, views=True,
+        benchmark=False, **config,
+    ):  # fmt: skip
         torch.manual_seed(0)
+        self.benchmark = benchmark
         self.name, self.device, self.loader, self.size = name, device, loader, args.batch_size
         layout = torch.contiguous_format if nchw else torch.channels_last
         self.net = SSDNet(args.width).to(device, memory_format=layout)
@@ -93,6 +95,7 @@ class Row:
         steps, own = len(images) // self.size, range(len(images))
         if self.loader:
             return self.loader_epoch(images, steps)
+        torch.backends.cudnn.benchmark = self.benchmark
         start = wait(self.device)
         train_client(
             self.net, self.optimizer, images, own, self.local_loss, 0, generator, 1, self.size
@@ -246,7 +249,7 @@ def shares(row, images, generator, amp):
 
 def main():
     """Print the machine, the table, the parts of a step and the time of the paper's run."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = one_line_parser("extras/bench.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="shorter blocks")
     add("--width", type=number(int, 1), default=64, help="of the network (%(default)s)")
@@ -258,7 +261,8 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     warnings.filterwarnings("ignore", "This DataLoader will create")  # 4 workers on 2 cores
-    cuda, amp = device.type == "cuda", bf16_is_fast(device)
+    cuda = device.type == "cuda"
+    amp = cuda and torch.cuda.get_device_capability()[0] >= 8
     blocks, steps = 5, (20 if args.quick else 50) if cuda else (1 if args.quick else 3)
     fp32, bf16, copy = peaks(device)
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
@@ -282,6 +286,8 @@ def main():
         compiled = {"amp": amp, "sync": False, "compile": True}
         rows.append(Row("+ compiled, but for the views", args, device, views=False, **compiled))
         rows.append(Row("+ views inside the graph: --compile", args, device, **compiled))
+    if cuda:  # as train.py sets it
+        rows.append(Row("+ cudnn.benchmark", args, device, benchmark=True, **compiled))
     images = torch.randint(256, (steps * args.batch_size, 3, 32, 32), dtype=torch.uint8)
     where = {row: images if row.loader else images.to(device) for row in rows}
     for row in rows[1:]:

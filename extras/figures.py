@@ -5,7 +5,9 @@
 
 where extras/study.py wrote that file. --first-run takes runs of the first run's command and keeps
 their rounds in first_run.jsonl, from which their curve is drawn again; --separation takes the file
-that extras/separation.py writes, --split a run folder.
+that extras/separation.py writes, --split a run folder; --forest the folder of the studies' scores:
+
+    python extras/figures.py --forest assets              # forest.svg of extras/RESULTS.md
 """
 
 import itertools
@@ -22,11 +24,33 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, views  # noqa: E402
-from separation import row_name  # noqa: E402
+from study import cell, differences, interval  # noqa: E402
+from study import read as read_scores  # noqa: E402
 
 from data import load_dataset  # noqa: E402
-from eval import OneLineParser  # noqa: E402
+from eval import one_line_parser  # noqa: E402
 from train import make_model, make_monitor  # noqa: E402
+
+FOREST = {  # title: files of a study, {row: the paper's LP minus that of the first row}
+    "50,000 images, 10 clients": (
+        ["regime", "regime-cpu"],
+        {"ssd": 0.48, "ssd --gamma 0.2": None, "ssd --gamma 0.05": None}
+        | {"dsr": 0.21, "pd": -0.10, "hsd": -4.69},
+    ),
+    "50,000 images, 10 clients, no projector": (["regime-projector"], {"dsr --no-projector": 2.98}),
+    "4,000 images, 10 clients": (
+        ["ablation"],
+        {"ssd": 0.48, "dsr": 0.21, "pd": -0.10, "hsd": -4.69},
+    ),
+    "4,000 images, 10 clients, others' methods": (
+        ["silo"],
+        {"fedx": -2.44, "ldawa": -3.17, "feddecorr": -0.71, "fedu2": 0.17},
+    ),
+    "4,000 images, 50 clients": (
+        ["device"],
+        {"ssd": 0.55, "fedx": -0.27, "ldawa": -3.63, "feddecorr": 0.21, "fedu2": -0.19},
+    ),
+}
 
 
 def read(path):
@@ -50,68 +74,101 @@ def band(axis, x, values, **style):
 
 
 def first_run(plt, lines):
-    """kNN and loss terms a round, from the lines of first_run.jsonl; round 0 is untrained."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2))
-    rounds = range(1, 1 + max(line["round"] for line in lines))
+    """kNN a round of each method: of all its seeds, and of the run that went on for longest.
 
-    def values(key, rounds):
-        return np.array([[line[key] for line in lines if line["round"] == r] for r in rounds]).T
-
-    knn, name = values("knn", rounds), f"SSD, {len(values('round', [0]))} seeds"
-    band(left, rounds, knn, color=COLOURS[0], label=name)
-    untrained = values("knn", [0]).repeat(len(rounds), 1)
-    band(left, rounds, untrained, color=COLOURS[7], linestyle="--", label="untrained encoder")
-    left.set_title("kNN %, 2,000 labels (↑ better)")
-    terms = {"−L_uniform ↑": -values("uniform", rounds), "L_align ↓": values("align", rounds)}
-    terms |= {"L_DSR ↓": values("dsr", rounds), "L_distill ↓": values("distill", rounds)}
-    for colour, (label, term) in zip(COLOURS, terms.items()):
-        band(right, rounds, term, color=colour)
-        right.text(rounds[-1] + 0.2, term[:, -1].mean(), label, color=colour, va="center")
-    right.set_title("loss terms in training")
+    lines: of first_run.jsonl; round 0, the untrained encoder, is the dashed line.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4), sharey=True)
+    runs = {}
+    for line in lines:
+        run = runs.setdefault(line["method"], {}).setdefault(line["seed"], [])
+        run.append(line["knn"])
+    last = min(len(run) for seeds in runs.values() for run in seeds.values())
+    for colour, (method, seeds) in zip(COLOURS, runs.items()):
+        short = np.array([run[1:last] for run in seeds.values()])
+        band(left, range(1, last), short, color=colour, label=f"{method}, {len(seeds)} seeds")
+        long = max(seeds.values(), key=len)
+        right.plot(range(1, len(long)), long[1:], color=colour)
+    untrained = np.mean([run[0] for seeds in runs.values() for run in seeds.values()])
     for axis in (left, right):
+        label = {"label": "untrained encoder"} if axis is left else {}
+        axis.axhline(untrained, color=COLOURS[7], linestyle="--", **label)
         axis.set_xlabel("round")
+    left.set_title("kNN %, 20 of 2,000 images (↑ better)")
+    right.set_title("the same, one seed, more rounds")
     legend(figure, left)
     figure.tight_layout()
     return figure
 
 
 def record(runs):
-    """Run folders -> lines of first_run.jsonl: seed, terms, scores a round, round 0 untrained."""
+    """Run folders -> lines of first_run.jsonl: method, seed, terms, scores; round 0: untrained."""
     left_out = {"lr", "seconds", "clients", "left_out"}
     for run in runs:
         config = json.loads((run / "config.json").read_text())
-        if config["method"] != "ssd":
-            raise ValueError(f"{run} is of {config['method']}, not of ssd")
         parts = list(json.loads((run / "split.json").read_text()).values())
         monitor = make_monitor(config, load_dataset(config["dataset"], config["data_dir"]), parts)
         untrained = make_model(config).to(memory_format=torch.channels_last)
         for line in ({"round": 0, **monitor(untrained)}, *read(run / "metrics.jsonl")):
             kept = {name: value for name, value in line.items() if name not in left_out}
-            yield {"seed": config["seed"], **kept}
+            yield {"method": config["method"], "seed": config["seed"], **kept}
 
 
-def heatmaps(plt, lines, part):
-    """-log E_ij of clients i and j before and after averaging, one seed of each row."""
-    shown = {}
-    for line in lines:
-        if line["part"] == part:
-            row = row_name(line).replace(", ", "\n", 1)
-            shown.setdefault(row, {}).setdefault(line["when"], line)
-    matrices = [line["matrix"] for found in shown.values() for line in found.values()]
-    ends = {"vmin": min(map(np.min, matrices)), "vmax": max(map(np.max, matrices))}  # one scale
-    size = {"figsize": (2.4 * len(shown) + 0.8, 5.6), "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(shown), squeeze=False, **size)
-    for column, (row, found) in zip(axes.T, shown.items()):
-        for axis, when in zip(column, ("before", "after")):
-            line = found[when]
-            squares = np.kron(line["matrix"], np.ones((16, 16)))  # sharp in every viewer
-            picture = axis.imshow(squares, interpolation="none", **ends)
-            parts = ", ".join(f"{key} {line[key]:.2f}" for key in ("intra", "inter") if key in line)
-            axis.set_title(f"{row}\n{parts}" if when == "before" else parts, fontsize=10)
-            axis.set(xticks=[], yticks=[])
-    for axis, when in zip(axes[:, 0], ("local networks", "averaged network")):
-        axis.set_ylabel(when)
-    figure.colorbar(picture, ax=axes, shrink=0.7, label=f"−log E_ij of {part} (↑ further apart)")
+def separation(plt, lines):
+    """Whose is the separation: z's own share as bars, and -log E_ij of the clients i and j as maps.
+
+    Of the last round that both rows have: bars mean ± std over the seeds, maps of the first seed.
+    """
+    methods = {"fedalignuniform": "FedAlignUniform", "ssd": "SSD"}
+    maps = {
+        "own": "each client's images\nby its own network",
+        "same-images": "the same images\nby every network",
+        "average": "each client's images\nby the average",
+    }
+    lines = [line for line in lines if "matrix" in line]  # of z
+    common = [{line["round"] for line in lines if line["row"] == row} for row in methods]
+    if not (common := set.intersection(*common)):
+        raise ValueError(f"no round of both {' and '.join(methods)} to draw")
+    found = {(row, variant): [] for row in methods for variant in maps}
+    for line in (line for line in lines if line["round"] == max(common)):
+        if line["row"] in methods:
+            found[line["row"], line["variant"]].append(line)
+
+    figure = plt.figure(figsize=(7.6, 4.3), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.9))
+    axis, ends = (
+        left.subplots(),
+        {"own": ("own network", COLOURS[4]), "average": ("average", "#bbbbbb")},
+    )
+    for shift, (variant, (label, colour)) in zip((-0.2, 0.2), ends.items()):
+        shares = [[100 * line["own_share"] for line in found[row, variant]] for row in methods]
+        stds = [statistics.stdev(share) if len(share) > 1 else 0 for share in shares]
+        x, means = np.arange(len(methods)) + shift, list(map(statistics.mean, shares))
+        bars = axis.bar(x, means, 0.38, yerr=stds, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.0f %%", label_type="center", fontsize=10)
+    chance = 100 * found["ssd", "own"][0]["chance"]
+    axis.axhline(
+        chance, color="black", linestyle="--", linewidth=1, label=f"chance: {chance:.0f} %"
+    )
+    axis.set_title("share of ‖z‖² in the\nclient's own dimensions", fontsize=11)
+    axis.set_xticks(range(len(methods)), methods.values(), fontsize=10)
+    axis.set_yticks([])
+    left.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    axes = right.subplots(len(methods), len(maps))
+    pictures = {key: lines[0]["matrix"] for key, lines in found.items()}
+    scale = {"vmin": min(map(np.min, pictures.values())), "vmax": 4}  # orthogonal: 4
+    for (row, variant), axis in zip(found, axes.flat):
+        squares = np.kron(pictures[row, variant], np.ones((16, 16)))  # sharp in every viewer
+        picture = axis.imshow(squares, interpolation="none", **scale)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+        if row == "fedalignuniform":
+            axis.set_title(maps[variant], fontsize=10)
+        if variant == "own":
+            axis.set_ylabel(methods[row], fontsize=11)
+    bar = right.colorbar(picture, ax=axes, location="bottom", shrink=0.9, aspect=40)
+    bar.set_label("−log E_ij of z: how far apart clients i (row), j (column) are", fontsize=10)
+    bar.ax.tick_params(labelsize=10)
     return figure
 
 
@@ -176,6 +233,44 @@ def trade_off(plt, rows):
     return figure
 
 
+def forest(plt, folder):
+    """Differences of LP to the first row, 95 % intervals, the paper's values; ends beyond 6 cut."""
+    heights = sum(len(rows) + 1.4 for _, rows in FOREST.values())
+    figure, axis = plt.subplots(figsize=(5.6, 0.27 * heights + 0.9))
+    end, y, blend = 6, 0, axis.get_yaxis_transform()
+    for title, (names, papers) in FOREST.items():
+        axis.text(-0.42, y, title, transform=blend, fontweight="bold", va="center")
+        studies = [read_scores(open(folder / f"{name}.jsonl"))[None] for name in names]
+        found = differences(studies, next(iter(studies[0])))
+        for row, paper in papers.items():
+            y += 1
+            values = [run["linear_probe"] for run in found[row].values()]
+            middle, half = interval(values)
+            label = {"color": COLOURS[0], "label": "here, 95 % interval"}
+            axis.plot(np.clip([middle - half, middle + half], -end, end), [y, y], **label)
+            for sign, marker in ((-1, "<"), (1, ">")):
+                if sign * middle + half > end:
+                    axis.plot(sign * end, y, marker, color=COLOURS[0], ms=6, clip_on=False)
+            axis.plot(middle, y, "o", color=COLOURS[0], ms=6)
+            if paper is not None:
+                axis.plot(
+                    paper, y, "D", color=COLOURS[1], ms=6, mfc="none", mew=2, label="the paper"
+                )
+            axis.text(-0.4, y, row, transform=blend, va="center")
+            text = f"{cell(values, 1, True)}, n = {len(values)}"
+            axis.text(1.04, y, text, transform=blend, va="center")
+        y += 1.4
+    axis.axvline(0, color=COLOURS[7], lw=1, zorder=0)
+    axis.set(xlim=(-end, end), ylim=(y - 0.7, -0.7), yticks=[])
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("LP minus the baseline's, in points (→ better)")
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98)}
+    axis.legend(once.values(), once, ncols=2, frameon=False, **place)
+    return figure
+
+
 def find_rows(path, asked=None):
     """{row: its lines, one a seed}, of a study's scores on its own data set."""
     rows = {}
@@ -197,10 +292,12 @@ def draw_all(plt, args):
     rows = find_rows(args.scores, args.rows) if args.scores else {}
     if args.rows and not args.scores:
         raise ValueError("--rows is of a study's scores: give their file before --rows")
-    separation = read(args.separation) if args.separation else []
-    if not all("matrix" in line for line in separation):
+    controls = read(args.separation) if args.separation else []
+    if not all("variant" in line for line in controls):
         raise ValueError(f"{args.separation} is not a file of extras/separation.py")
+    shares = separation(plt, controls) if controls else None
     clients = split(plt, args.split) if args.split else None
+    trees = forest(plt, args.forest) if args.forest else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
     lines = first or (read(kept) if kept.exists() else [])
     curve = first_run(plt, lines) if lines else None
@@ -213,11 +310,12 @@ def draw_all(plt, args):
     yield "views.png", views(plt)
     if curve:
         yield "first_run.svg", curve
-    if separation:
-        yield "separation_h.svg", heatmaps(plt, separation, "h")
-        yield "separation_z.svg", heatmaps(plt, separation, "z")
+    if shares:
+        yield "separation.svg", shares
     if clients:
         yield "split.svg", clients
+    if trees:
+        yield "forest.svg", trees
     if any("knn_rounds" in line for lines in rows.values() for line in lines):
         yield f"{args.scores.stem}_rounds.svg", rounds(plt, rows)
     if rows:
@@ -226,13 +324,14 @@ def draw_all(plt, args):
 
 def main(argv=None):
     """Run folders and records -> SVG files (the two views: PNG)."""
-    parser = OneLineParser("extras/figures.py", description=__doc__.splitlines()[0])
+    parser = one_line_parser("extras/figures.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("scores", type=Path, nargs="?", help="scores.jsonl, or what it is called in assets/")
     add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")
     add("--first-run", type=Path, nargs="+", metavar="RUN", help="run folders, one a seed")
     add("--separation", type=Path, metavar="FILE", help="of extras/separation.py")
     add("--split", type=Path, metavar="RUN", help="a run folder, whose split to draw")
+    add("--forest", type=Path, metavar="FOLDER", help="of regime.jsonl, ablation.jsonl and so on")
     add("--out", type=Path, default=Path("assets"), help="where the figures go (%(default)s)")
     args = parser.parse_args(argv)
     try:

@@ -1,13 +1,15 @@
-"""What averaging does to the separation of the clients: their images before and after FedAvg.
+"""Whose is the separation, the images' or the networks'? One round's networks, seen crosswise.
 
-    python extras/separation.py runs/regime/*/last.pt     # for each the time of one round
+    python extras/separation.py runs/regime/*/last.pt     # trains a round for each
 
-Every client trains the run's global network for one more round. Its training images are embedded by
-its own local network (before) and by the average of all (after); hsd's z is separated as in
-training. The file gets a line a measurement, and what it holds is not measured again; the tables
-are mean ± std over the seeds of a row. Without more training, all images in two views:
+Every client trains the run's common network for one more round; `measure` says which of the local
+networks, their average and the common one then embeds whose images. The file gets a line for each
+checkpoint, variant and space (h, z), and a checkpoint that it holds is not measured again:
 
-    python extras/separation.py runs/ablation/*/last.pt --epochs 0 --images 4000 --views
+    total, intra, inter   -log E exp(-2 ||z - z'||^2), higher is more uniform, as in the paper's
+                          tables: over all pairs, pairs of one client, pairs of two clients
+    cosine                of two clients' mean directions, mean over the pairs of clients
+    own_share             of ||z||^2, in the client's own dimensions, those that d_k scales
 """
 
 import functools
@@ -24,35 +26,22 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import baselines  # noqa: E402
+from study import CROSSWISE, crosswise  # noqa: E402
 
 from data import load_dataset, two_views  # noqa: E402
-from eval import (  # noqa: E402
-    OneLineParser,
-    alignment,
-    encode,
-    load_checkpoint,
-    mean_parts,
-    number,
-    pick_device,
-    uniformity_parts,
-)
+from eval import encode, one_line_parser, pick_device, uniformity_parts  # noqa: E402
 from federated import average_states, copy_state, federated_round, keyed_generator  # noqa: E402
-from losses import hard_separation, scaling_vectors  # noqa: E402
-from train import METHODS, make_loss  # noqa: E402
+from losses import scaling_vectors  # noqa: E402
+from model import load_checkpoint  # noqa: E402
+from train import make_loss  # noqa: E402
 
-VALUES = {  # key of a line: heading
-    "total": "−L_uniform",
-    "intra": "intra-client",
-    "inter": "inter-client",
-    "cosine": "cosine of clients' means",
-    "alignment": "alignment",
-}
+PICTURED = ("own", "same-images", "average")  # their lines of z hold -log E_ij of clients i and j
+IMAGES = 400  # of each client, at most; as many test images
+POOLED = 5000  # training images of all clients, from which BatchNorm's statistics are measured anew
 
 
-def local_states(model, config, images, split, rounds, epochs):
-    """Each client's state dict after `epochs` local epochs: round `rounds`, but for its average."""
-    if epochs == 0:
-        return [copy_state(model)] * len(split)
+def local_states(model, config, images, split, rounds):
+    """Each client's state dict after its part of round `rounds`, before they are averaged."""
     config = {**config, "compile": False}  # one round is too short for it
     own = baselines.make_options({"client": None, **config}, images, split)
     loss, states = own.get("loss") or make_loss(config, len(split), images.device), []
@@ -60,99 +49,135 @@ def local_states(model, config, images, split, rounds, epochs):
     if "lr" in own:  # a schedule
         rates["lr"] = own["lr"](min(rounds, config["rounds"] - 1))
     sgd = torch.optim.SGD(model.parameters(), **rates)
-    flags = {"local_epochs": epochs, **{name: config[name] for name in ("batch_size", "seed")}}
 
-    def keep(sent, weights, global_state, r):
+    def keep(sent, weights, global_state, *_):
         states.extend(sent)
         return global_state
 
+    flags = {name: config[name] for name in ("local_epochs", "batch_size", "seed")}
     report = federated_round(model, sgd, images, split, loss, rounds, average=keep, **flags)
     if report["left_out"]:
         raise ValueError(f"clients {report['left_out']} diverge in the round: nothing to measure")
     return states
 
 
-def embed(model, config, d_k, views):
-    """One client's views (V, n, 3, H, W) -> unit rows h (V, n, 8 width) and z (V, n, D)."""
-    h, u = encode(model, views.flatten(0, 1), config["amp"])
-    z = hard_separation(u, d_k) if config["method"] == "hsd" else u
-    return [F.normalize(rows, dim=1).cpu().view(*views.shape[:2], -1) for rows in (h, z)]
+@torch.no_grad()
+def recalibrate(model, images, generator, batch_size=250):
+    """Measure BatchNorm's running statistics anew, in place; the weights stay as they are.
 
-
-def geometry(z, client):
-    """-L_uniform and its parts, the mean cosine of two clients' mean directions, -log E_ij.
-
-    z unit rows (N, D), client (N,) below K, each at least twice. E_ij = mean exp(-2 ||z - z'||^2),
-    z of client i, z' of client j, different rows. What needs two clients is left out for one.
+    images uint8 (N, 3, H, W), in random order and in batches of about batch_size, two views of each
+    in one batch. A statistic is the mean over the batches (momentum None), as each has seen it.
     """
-    _, own, others = uniformity_parts(z, client)
+    layers = [part for part in model.modules() if hasattr(part, "running_mean")]
+    momenta, was_training = [layer.momentum for layer in layers], model.training
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+    model.train()
+    order = torch.randperm(len(images), generator=generator)
+    for batch in order.tensor_split(max(1, len(images) // batch_size)):
+        model(torch.cat(two_views(images[batch], generator)))
+    model.train(was_training)
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
+
+
+def geometry(z, client, own):
+    """The values of a line, and -log E_ij (K, K): of z unit rows (N, D), client (N,) ids below K.
+
+    E_ij = mean exp(-2 ||z - z'||^2), z of client i, z' of client j, different rows. own (K, D)
+    marks the clients' own dimensions. What needs two clients is left out for one.
+    """
+    total, intra, inter = uniformity_parts(z, client)
     sizes = torch.bincount(client).double()
     pairs = (sizes[:, None] * sizes - sizes.diag()) / (len(z) * (len(z) - 1))
-    matrix = -((own.diag() + others) / pairs).log()
+    same = pairs.diag().sum()
     means = F.normalize(F.one_hot(client).T.double() @ z.double(), dim=1)
     i, j = torch.triu_indices(len(means), len(means), 1)
-    values = dict(zip(("total", "intra", "inter"), (-part for part in mean_parts(z, client))))
-    values["cosine"] = (means[i] * means[j]).sum(1).mean().item()
-    values = {name: value for name, value in values.items() if value == value}
-    return {**values, "matrix": [[round(value, 4) for value in row] for row in matrix.tolist()]}
+    values = {
+        "total": -total,
+        "intra": -(intra.sum() / same).log(),
+        "inter": -(inter.sum() / (1 - same)).log(),
+        "cosine": (means[i] * means[j]).sum(1).mean(),
+        "own_share": (z.square() * own[client]).sum(1).mean(),
+    }
+    values = {name: value.item() for name, value in values.items() if not value.isnan()}
+    return values, -((intra.diag() + inter) / pairs).log()
 
 
-def measure(checkpoint, model, images, epochs, count, two):
-    """Yields {"when", "part", values of `geometry`, with two views "alignment"}: four dicts."""
+def measure(checkpoint, model, data):
+    """Yields a dict for each variant, which network embeds which images, and space, h and z.
+
+    A client is the images', whose own dimensions own_share takes; in same-images the network's.
+    """
     config, split, rounds = checkpoint["config"], checkpoint["split"], len(checkpoint["history"])
-    d = scaling_vectors(len(split), 8 * config["width"], config["scale"], config["seed"])
-    chosen, view_draws = [], torch.Generator().manual_seed(0)
-    for k, index in enumerate(split):
-        draws = keyed_generator(config["seed"], "separation", k)
-        some = images[index[torch.randperm(len(index), generator=draws)[:count].sort().values]]
-        chosen.append(torch.stack(two_views(some, view_draws)) if two else some[None])
-    client = torch.arange(len(split)).repeat_interleave(torch.tensor([x.shape[1] for x in chosen]))
-    states = local_states(model, config, images, split, rounds, epochs)
-    average = average_states(states, [len(index) for index in split])
-    for when, networks in (("before", states), ("after", [average] * len(split))):
-        parts = []
-        for state, d_k, views in zip(networks, d.to(images.device), chosen):
-            model.load_state_dict(state)
-            parts.append(embed(model, config, d_k, views))
-        for part, rows in zip("hz", zip(*parts)):
-            views = torch.cat(rows, dim=1)
-            values = {"when": when, "part": part, **geometry(views[0], client)}
-            yield {**values, "alignment": alignment(*views)} if two else values
+    own = scaling_vectors(len(split), 8 * config["width"], config["scale"], config["seed"]) != 1
+    if config["method"] == "ssd-common":
+        own = own[:1].expand_as(own)
+    images = data.train_x.to(next(model.parameters()).device)
+    draws = keyed_generator(config["seed"], "separation")
 
+    def some(index, count):
+        return index[torch.randperm(len(index), generator=draws)[:count]]
 
-def row_name(line):
-    """A row's name in tables and figures: the run without folder and seed, its rounds, E."""
-    row = re.sub(r"-seed\d+$", "", Path(line["run"]).name)
-    return f"{row}, round {line['rounds']}, E = {line['epochs']}"
+    def embed(state, images, whose):
+        """h and z, unit rows (2, n, D), by the state's network; hsd's z as clients `whose` do."""
+        model.load_state_dict(state)
+        h, u = (part.cpu() for part in encode(model, images, config["amp"]))
+        z = u * own[whose] if config["method"] == "hsd" else u
+        return F.normalize(torch.stack([h, z]), dim=2)
 
+    def anew(state):
+        model.load_state_dict(state)
+        recalibrate(model, pooled, keyed_generator(config["seed"], "recalibrate"))
+        return copy_state(model)
 
-def table(lines, part):
-    """Markdown of the lines of h or z, mean ± std over the seeds of a row."""
-    columns = {key: name for key, name in VALUES.items() if any(key in line for line in lines)}
-    text = [f"| {part} | " + " | ".join(columns.values()) + " | n |"]
-    text.append("|---" * (len(columns) + 2) + "|")
-    rows = {}
-    for line in (line for line in lines if line["part"] == part):
-        rows.setdefault(f"{row_name(line)}, {line['when']}", []).append(line)
-    for row, runs in rows.items():
-        cells = [row]
-        for key in columns:
-            values = [run[key] for run in runs if key in run]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "–")
-        text.append("| " + " | ".join([*cells, str(len(runs))]) + " |")
-    return "\n".join(text)
+    chosen, clients = [some(index, IMAGES) for index in split], range(len(split))
+    held, client = images[torch.cat(chosen)], torch.tensor([k for k in clients for _ in chosen[k]])
+    pooled = images[some(torch.cat(split), POOLED)]
+    test = data.test_x[some(torch.arange(len(data.test_x)), IMAGES)]
+    network = torch.arange(len(split)).repeat_interleave(len(test))
+
+    start = copy_state(model)
+    states = local_states(model, config, images, split, rounds)
+    average = average_states(states, list(map(len, split)))
+    local = [embed(state, held, client) for state in states]
+    moved = [*local[1:], local[0]]
+    for variant, embeddings in {
+        # each client's images by its own local network
+        "own": [torch.cat([local[k][:, client == k] for k in clients], 1)],
+        # all images by the average of the local networks, as it is and with new statistics
+        "average": [embed(average, held, client)],
+        "average-recalibrated": [embed(anew(average), held, client)],
+        # the same test images by every local network
+        "same-images": [torch.cat([embed(states[k], test, k) for k in clients], 1)],
+        # client k's images by the local network of client k + 1
+        "next-network": [torch.cat([moved[k][:, client == k] for k in clients], 1)],
+        # all images by one local network: the mean of the values over the networks
+        "one-network": local,
+        # all images by the common network before the round
+        "start": [embed(start, held, client)],
+        "start-recalibrated": [embed(anew(start), held, client)],
+    }.items():
+        for i, space in enumerate("hz"):
+            whose = network if variant == "same-images" else client
+            found = [geometry(rows[i], whose, own) for rows in embeddings]
+            line, (values, matrix) = {"variant": variant, "space": space}, found[0]
+            for key in values:
+                line[key] = round(statistics.mean(values[key] for values, _ in found), 4)
+            if space == "z" and variant in PICTURED:  # chance: the own share of evenly spread z
+                line["chance"] = own[0].double().mean().item()
+                line["matrix"] = [[round(value, 2) for value in row] for row in matrix.tolist()]
+            yield line
 
 
 def main(argv=None):
-    """Checkpoints -> lines in a file -> a table of h and one of z."""
-    parser = OneLineParser("extras/separation.py", description=__doc__.splitlines()[0])
+    """Checkpoints -> lines in a file -> tables of all that it holds."""
+    parser = one_line_parser("extras/separation.py", __doc__.splitlines()[0])
     add = parser.add_argument
-    add("checkpoints", nargs="+", help="of train.py; a row's runs are named NAME-seedN")
-    add("--epochs", type=number(int, 0), default=1, help="local epochs of the round (%(default)s)")
-    add("--images", type=number(int, 2), default=500, help="of a client, at most (%(default)s)")
-    add("--views", action="store_true", help="embed two random views of each, not the image")
-    add("--out", type=Path, default=Path("separation.jsonl"), help="(%(default)s)")
+    add("checkpoints", nargs="*", help="of train.py; a row's runs are named NAME-seedN")
+    add("--minus", metavar="ROW", help="print differences to this row")
+    add("--out", type=Path, default=Path("controls.jsonl"), help="(%(default)s)")
     add("--data-dir", help="(the run's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     args = parser.parse_args(argv)
@@ -160,31 +185,28 @@ def main(argv=None):
     try:
         device, text = pick_device(args.device), args.out.read_text() if args.out.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
-        if not all("matrix" in line for line in lines):
+        if not all("variant" in line for line in lines):
             raise ValueError(f"{args.out} holds something else: choose another --out")
         for path in args.checkpoints:
             checkpoint, model = load_checkpoint(path)
-            config, run = checkpoint["config"], str(Path(path).parent)
-            if config["method"] not in METHODS.keys() | baselines.CHOICES:
+            config, run = checkpoint["config"], Path(path).parent
+            if config["method"] not in baselines.METHODS.keys() - baselines.NAMES:
                 raise ValueError(f"{path} is of {config['method']}, not SSD or one of its rows")
-            asked = {"epochs": args.epochs, "images": args.images, "views": args.views}
-            known = {"run": run, "rounds": len(checkpoint["history"]), **asked}
-            same = [line for line in lines if row_name(line) == row_name(known)]
-            if any(known.items() <= line.items() for line in same):
+            known = {"run": str(run), "row": re.sub(r"-seed\d+$", "", run.name)}
+            known |= {"seed": config["seed"], "round": len(checkpoint["history"])}
+            known["epochs"] = config["local_epochs"]
+            if any(known.items() <= line.items() for line in lines):
                 continue
-            kinds = [(Path(x["run"]).parent, x["images"], x["views"]) for x in (known, *same)]
-            if len(set(kinds)) > 1:
-                what = f"{row_name(known)} of another folder, --images or --views"
-                raise ValueError(f"{args.out} has {what}: choose another --out")
-            images = load(config["dataset"], args.data_dir or config["data_dir"]).train_x.to(device)
-            measured = measure(checkpoint, model.to(device), images, *asked.values())
-            lines += (new := [{**known, **values} for values in measured])
+            data = load(config["dataset"], args.data_dir or config["data_dir"])
+            new = [{**known, **line} for line in measure(checkpoint, model.to(device), data)]
             with args.out.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in new)
+            lines += new
             print(f"{run}: measured", flush=True)
     except (ValueError, OSError, IndexError, FloatingPointError) as error:
         parser.error(str(error))
-    print(table(lines, "h"), table(lines, "z"), sep="\n\n")
+    for heading in CROSSWISE:
+        print(crosswise(lines, heading, args.minus), end="\n\n")
 
 
 if __name__ == "__main__":

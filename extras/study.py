@@ -1,4 +1,4 @@
-"""Train and evaluate methods with several seeds each; print tables, mean +- std over the seeds.
+"""Train and evaluate methods with several seeds each; print scores, differences, 95 % intervals.
 
     python extras/study.py runs/first --rows fedalignuniform ssd "dsr --no-projector" --seeds 0 1 \
         -- --dataset patterns --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
@@ -37,6 +37,7 @@ import baselines  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 SCRIPTS = {"train.py": train, "extras/baselines.py": baselines}
 COLUMNS = {  # heading: key of eval.jsonl, factor, digits
@@ -60,7 +61,14 @@ TABLES = {
     "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
     "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
 }
-PAIRED = "LP %,kNN %,−L_uniform h,−L_uniform z,alignment h,alignment z,eff. rank h".split(",")
+CROSSWISE = {  # heading: key of extras/separation.py's lines, space
+    "inter-client −L_uniform of z": ("inter", "z"),
+    "share of z in own dimensions": ("own_share", "z"),
+    "inter-client −L_uniform of h": ("inter", "h"),
+}
+PAIRED = "LP %,FT 1 %,FT 10 %,kNN %,−L_uniform h,−L_uniform z,alignment z,eff. rank h".split(",")
+# 0.975 quantiles of Student's t, of 1 to 9 degrees of freedom: NIST/SEMATECH e-Handbook, 1.3.6.7.2
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def plan(row, seed, folder, common):
@@ -90,11 +98,11 @@ def train_one(script, flags, folder, output=None):
     asked, _ = train.read_config(module.build_parser(), flags, module.METHODS)
     flags = [*flags, "--out", str(folder)]
     if last.exists():
-        checkpoint, _ = evaluation.load_checkpoint(last)
+        checkpoint, _ = load_checkpoint(last)
         there = checkpoint["config"]  # what was left to it to find out it has found out
         asked["clients"] = asked["clients"] or (there["clients"] if asked["split_file"] else 10)
         asked["amp"] = there["amp"] if asked["amp"] is None else asked["amp"]
-        for name in sorted(asked.keys() - train.MAY_CHANGE - {"out"}):
+        for name in sorted(asked.keys() - {"resume", "out", "rounds", "device", "data_dir"}):
             if asked[name] != there.get(name):
                 raise ValueError(
                     f"{folder} was trained with {name} {there.get(name)}, not {asked[name]}: "
@@ -146,81 +154,151 @@ def mean(runs):
     return {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in keys}
 
 
-def minus(runs, others):
-    """Scores {seed: {key: value}} minus those of another row, in the seeds that both have."""
-    pairs = {seed: (runs[seed], others[seed]) for seed in runs if seed in others}
-    keys = {key for key, _, _ in COLUMNS.values()}
-    return {s: {k: a[k] - b[k] for k in keys & a.keys() & b.keys()} for s, (a, b) in pairs.items()}
+def differences(studies, base):
+    """{row: {seed: scores minus the base row's}}, of one or more {row: {seed: scores}}.
+
+    A row is compared within its study or, if that has no base, with an earlier one's, in the seeds
+    that both have. A seed that two studies have is a repeat: the first counts.
+    """
+    keys, own, found = [key for key, _, _ in COLUMNS.values()], {}, {}
+    for rows in studies:
+        own = rows.get(base, own)
+        for row in (row for row in rows if row != base):
+            pairs = {seed: (run, own[seed]) for seed, run in rows[row].items() if seed in own}
+            for seed, (a, b) in pairs.items():
+                new = {key: a[key] - b[key] for key in keys if key in a and key in b}
+                found.setdefault(row, {}).setdefault(seed, new)
+    return found
+
+
+def interval(values):
+    """Mean of n values and half its 95 % interval, t std / sqrt(n); a bit too wide if n > 10."""
+    n = len(values)
+    half = T[min(n, 10) - 2] * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
+    return statistics.mean(values), half
 
 
 def cell(values, digits, paired):
-    """`mean ± std`; of differences with its sign, and how many of n have the sign of the mean."""
+    """`mean ± std`; of differences `mean (low to high)`, the ends of the 95 % interval."""
     if not values:
         return "–"
-    middle = statistics.mean(values)
-    text = f"{middle:{'+' * paired}.{digits}f}".replace("-", "−")
-    text += f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    same = sum(value * middle > 0 for value in values)
-    return f"{text} ({same}/{len(values)})" if paired else text
+    middle, half = interval(values)
+    ends = (f"{end:{'+' * paired}.{digits}f}" for end in (middle, middle - half, middle + half))
+    mean, low, high = (end.replace("-", "−") for end in ends)
+    if len(values) > 1:
+        mean += f" ({low} to {high})" if paired else f" ± {statistics.stdev(values):.{digits}f}"
+    return mean
 
 
-def table(name, headings, rows, paired=False):
-    """Markdown of rows {label: {seed: scores}}, "" if empty; columns without a value left out."""
+def table(name, headings, rows, base=None):
+    """Markdown of rows {label: {seed: scores}}, "" if empty; columns without a value left out.
+
+    base: the rows are differences, and {seed: scores} of what was subtracted; its means come first.
+    """
     there = {key for runs in rows.values() for run in runs.values() for key in run}
-    columns = {heading: COLUMNS[heading] for heading in headings if COLUMNS[heading][0] in there}
-    lines = [[name, *columns, "n"], ["---"] * (len(columns) + 2)]
-    for label, runs in rows.items():
-        found = [
-            cell([factor * run[key] for run in runs.values() if key in run], digits, paired)
-            for key, factor, digits in columns.values()
-        ]
-        lines.append([label, *found, str(len(runs))])
-    lines = [line[:-1] if paired else line for line in lines if columns]  # paired cells say n
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    headings = [heading for heading in headings if COLUMNS[heading][0] in there][:6]
+    lines = [[name, *headings, "n"], ["---"] * (len(headings) + 2)]
+    for label, runs in ({"itself": base, **rows} if base else rows).items():
+        found = [label]
+        for key, factor, digits in map(COLUMNS.get, headings):
+            values = [factor * run[key] for run in runs.values() if key in run]
+            text = cell(values, digits, base is not None and runs is not base)
+            found.append(text.split()[0] if runs is base else text)
+        lines.append([*found, str(len(runs))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines if headings)
 
 
-def tables(lines):
-    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
-    results, parts = {}, []
+def read(lines):
+    """Lines of scores.jsonl -> {data set of a transfer, or None: {row: {seed: scores}}}."""
+    results = {}
     for line in map(json.loads, lines):
         row, seed, data_set = (line.pop(name) for name in ("row", "seed", "transfer"))
         results.setdefault(data_set, {}).setdefault(row, {})[seed] = line
-    for data_set, rows in results.items():
+    return results
+
+
+def crosswise(lines, heading, minus=None):
+    """Markdown of a value of extras/separation.py's lines, a column a row, mean ± std over seeds.
+
+    minus: a row; then of the differences to it, with their 95 % interval.
+    """
+    (key, space), found = CROSSWISE[heading], {}
+    lines = [line for line in lines if line["space"] == space and key in line]
+    for line in sorted(lines, key=lambda line: line["round"]):
+        rows = found.setdefault(f"round {line['round']}, {line['variant']}", {})
+        rows.setdefault(line["row"], {})[line["seed"]] = line[key]
+    columns = [row for row in dict.fromkeys(line["row"] for line in lines) if row != minus]
+    text = [[heading + f", minus {minus}" * bool(minus), *columns]]
+    text.append(["---"] * len(text[0]))
+    for name, rows in found.items():
+        text.append([name])
+        for runs in (rows.get(row, {}) for row in columns):
+            if minus:
+                others = rows.get(minus, {})
+                runs = {seed: runs[seed] - others[seed] for seed in runs if seed in others}
+            text[-1].append(cell(list(runs.values()), 3, bool(minus)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in text)
+
+
+def tables(lines):
+    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row.
+
+    Lines of extras/separation.py -> those of `crosswise`.
+    """
+    parts, lines = [], list(lines)
+    if lines and "variant" in json.loads(lines[0]):
+        return "\n\n".join(crosswise(map(json.loads, lines), heading) for heading in CROSSWISE)
+    for data_set, rows in read(lines).items():
         where = f", transfer to {data_set}" if data_set else ""
         parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]
-        first, runs = next(iter(rows.items()))
-        others = {row: minus(rows[row], runs) for row in rows if row != first}
-        parts += [table(f"minus {first}{where}", PAIRED, others, paired=True)]
+        first = next(iter(rows))
+        parts += [table(f"minus {first}{where}", PAIRED, differences([rows], first), rows[first])]
     return "\n\n".join(filter(None, parts))
 
 
 def renew(page):
-    """A text with the tables between `<!-- FILE.jsonl -->` and `<!-- end -->` made anew."""
+    """A text with the tables between `<!-- KIND: FILES -->` and `<!-- end -->` made anew.
+
+    KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
+    of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
+    crosswise: a file of extras/separation.py.
+    """
 
     def fill(block):
-        lines = (ROOT / block[1]).read_text().splitlines()
-        return f"<!-- {block[1]} -->\n\n{tables(lines)}\n\n<!-- end -->"
+        (kind, files), found, own = block.groups(), {}, {}
+        if kind == "crosswise":
+            return f"<!-- {kind}: {files} -->\n\n{tables((ROOT / files).open())}\n\n<!-- end -->"
+        row, _, asked = kind.partition(" minus ")
+        for names in files.split(", "):
+            studies = [read((ROOT / name).read_text().splitlines()) for name in names.split()]
+            for data_set, rows in studies[0].items():
+                base, where = asked or next(iter(rows)), f" on {data_set}" * bool(data_set)
+                parts = [study.get(data_set, {}) for study in studies]
+                for name, runs in differences(parts, base).items():
+                    if kind == "n > 1" and len(runs) > 1:
+                        found[name], own = runs, rows[base]
+                    elif kind == "n = 1" and len(runs) == 1 or name == row:
+                        label = f"{Path(names.split()[0]).stem}{where}: {name} minus {base}"
+                        found[label] = runs
+        made = table(f"minus {base}" if own else "difference", PAIRED, found, own)
+        return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (\S+\.jsonl) -->.*?<!-- end -->", fill, page, flags=re.S)
+    mark = r"<!-- (crosswise|n [>=] 1|[^>]+ minus [^>]+): (\S+\.jsonl.*?) -->.*?<!-- end -->"
+    return re.sub(mark, fill, page, flags=re.S)
 
 
 def main(argv=None):
     """Flags -> runs -> scores.jsonl -> tables; or a page with its tables anew."""
-    parser = evaluation.OneLineParser("extras/study.py", description=__doc__.splitlines()[0])
+    parser = evaluation.one_line_parser("extras/study.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("folder", type=Path, help="where the run folders lie; or PAGE.md, to renew")
     rows = ["fedalignuniform", "ssd"]
     add("--rows", nargs="+", default=rows, help="a method each, with more flags (%(default)s)")
-    add(
-        "--seeds",
-        type=evaluation.number(int, 0),
-        nargs="+",
-        default=[0, 1, 2],
-        help="(%(default)s)",
-    )
+    seed = train.number(int, 0)
+    add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
     add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
-    count = evaluation.number(int, 1)
+    count = train.number(int, 1)
     add("--jobs", type=count, default=1, metavar="N", help="so many runs at a time (%(default)s)")
     parser.epilog = "after --: train.py's flags, for all rows"
     argv = [*(sys.argv[1:] if argv is None else argv), "--"]

@@ -33,6 +33,13 @@ def test_split_depends_on_its_seed_alone():
     assert not all(map(np.array_equal, first, other))
 
 
+def test_a_column_of_labels_and_floats_split_as_integers_do():
+    labels = np.arange(1000) % 10
+    split = dirichlet_split(labels, 5, 0.5)
+    for same in (labels[:, None], labels.astype(float), torch.as_tensor(labels)):
+        assert all(map(np.array_equal, dirichlet_split(same, 5, 0.5), split))
+
+
 def test_alpha_sets_how_far_classes_are_from_shared_evenly():
     labels = np.arange(20000) % 10
 
@@ -66,6 +73,8 @@ def test_every_image_of_a_class_may_go_to_any_client():
         ((np.arange(100) % 10, 0, 0.1), "num_clients"),
         ((np.arange(100) % 10, 2, 0.0), "alpha"),
         ((np.arange(100) % 10, 2, math.nan), "alpha"),
+        ((np.eye(10)[np.arange(1000) % 10], 2, 1.0), r"labels must be \(N,\).*\(1000, 10\)"),
+        ((np.array([0.0, 1.0, np.nan] * 50), 2, 1.0), "labels.*NaN"),
     ],
 )
 def test_an_impossible_split_says_why(arguments, words):
@@ -187,6 +196,22 @@ def test_a_box_that_never_fits_becomes_the_largest_centred_one():
         50, 8, 64, torch.Generator().manual_seed(0), scale=(0.9, 1.0)
     )  # 8:1, far from 4:3
     assert params["box"].unique(dim=0).tolist() == [[0, 26, 8, 11]]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.rand(4, 3, 8, 8), torch.zeros(4, 1, 8, 8).byte(), torch.zeros(4, 3, 8, 8).int()],
+)
+def test_images_that_are_not_uint8_rgb_are_refused(images):
+    got = rf"uint8 \(n, 3, H, W\).*got {images.dtype} \([48], {images.shape[1]}, 8, 8\)"
+    with pytest.raises(ValueError, match=got):
+        two_views(images, torch.Generator())
+    if images.shape[1] == 1:
+        assert two_views(images.expand(-1, 3, -1, -1), torch.Generator())[0].shape == (4, 3, 8, 8)
+    else:
+        params = data.draw_params(4, 8, 8, torch.Generator())
+        with pytest.raises(ValueError, match=got):
+            data.augment(images, params)
 
 
 def test_two_views_come_from_the_generator_alone_and_stay_in_range():

@@ -17,14 +17,13 @@ from eval import (
     fine_tune,
     knn_accuracy,
     linear_probe,
-    load_checkpoint,
     quick_scores,
     stratified,
     uniformity,
     uniformity_parts,
 )
 from losses import uniform_loss
-from model import SSDNet
+from model import SSDNet, load_checkpoint
 
 
 def features(n, d=5, seed=0):
@@ -53,6 +52,15 @@ def test_knn_ignores_length_and_lowers_k_to_what_is_there():
     train_h, train_y = torch.eye(3), torch.arange(3)
     assert knn_accuracy(5 * train_h, train_y, 0.1 * train_h, train_y, k=200) == 100
     assert knn_accuracy(train_h, train_y, train_h.flip(0), train_y, k=1) == pytest.approx(100 / 3)
+
+
+def test_knn_at_a_small_temperature_is_its_limit_not_an_overflow():
+    train_h, test_h = features(500), features(400, seed=1)
+    train_y, test_y = (torch.randint(4, (n,), generator=torch.Generator()) for n in (500, 400))
+    four = train_h, train_y, test_h, test_y
+    nearest = knn_accuracy(*four, k=1)
+    assert knn_accuracy(*four, k=20, temperature=1e-5) == pytest.approx(nearest, abs=1)
+    assert knn_accuracy(*four, k=20, temperature=0.007) > 0.8 * nearest
 
 
 def test_linear_probe_solves_what_is_linear_and_not_what_is_not():
@@ -94,6 +102,29 @@ def settled_net(x):
     return net
 
 
+def test_what_learns_enables_gradients_itself():
+    x, y = light_and_dark(40)
+    h, net = F.one_hot(y).float(), SSDNet(2)
+    probe, tuned = linear_probe(h, y, h, y, epochs=3), fine_tune(net, x, y, x, y, epochs=1)
+    with torch.no_grad():
+        assert linear_probe(h, y, h, y, epochs=3) == probe
+        assert fine_tune(net, x, y, x, y, epochs=1) == tuned
+
+
+def test_an_encoder_alone_is_encoded_and_tuned_as_a_network_without_projector():
+    x, y = light_and_dark(60)
+    net = settled_net(x)
+    h, u = encode(net.encoder, x)
+    assert torch.equal(h, encode(net, x)[0]) and torch.equal(h, u)
+    assert fine_tune(net.encoder, x, y, x, y, epochs=2) == fine_tune(net, x, y, x, y, epochs=2)
+
+
+def test_fine_tuning_refuses_images_that_are_in_0_to_1_already():
+    x, y = light_and_dark(10)
+    with pytest.raises(ValueError, match="uint8.*got torch.float32"):
+        fine_tune(SSDNet(2), x.float() / 255, y, x, y, epochs=1)
+
+
 def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
     net, seen = SSDNet(4), []
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -104,8 +135,8 @@ def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
     assert accuracy > 95
     assert accuracy == fine_tune(net, *train, *test, epochs=20, batch_size=16)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    for name, value in seen[-1].state_dict().items():
-        assert torch.equal(value, before[name]) == name.startswith("projector"), name
+    for name, value in seen[-1].state_dict().items():  # the encoder alone
+        assert not torch.equal(value, before[f"encoder.{name}"]), name
 
 
 def test_fine_tuning_sees_crops_and_flips_of_the_images_and_no_other_colours():
@@ -215,6 +246,7 @@ def checkpoint(tmp_path, monkeypatch):
     """A run folder with an untrained network on few patterns, as train.py would have written it."""
     monkeypatch.setattr(evaluation, "load_dataset", lambda name, root: draw_patterns(200, 100))
     config = {"width": 4, "projector": True, "dataset": "patterns", "method": "ssd", "seed": 0}
+    config |= {"amp": False, "data_dir": "data"}
     split = [torch.arange(0, 80), torch.arange(80, 150)]
     content = {"config": config, "split": split, "history": [{}] * 3}
     torch.save({**content, "model": SSDNet(4).state_dict()}, tmp_path / "last.pt")
@@ -230,16 +262,28 @@ def records(checkpoint):
     return [json.loads(line) for line in (checkpoint.parent / "eval.jsonl").open()]
 
 
+def lines_of(printed, name):
+    return [line for line in printed.splitlines() if line.split(" ")[0] == name]
+
+
 def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
     for _ in range(2):
         evaluation.main([str(checkpoint), "--epochs", "2", "--device", "cpu"])
     printed = capsys.readouterr().out
-    assert "linear probe" in printed and "inter-client" in printed and "3 rounds" in printed
+    assert "linear probe" in printed and "uniformity_inter" in printed and "3 rounds" in printed
+    assert "kNN (k = 200)" in printed and lines_of(printed, "-uniformity_intra")
     lines = records(checkpoint)
     assert len(lines) == 2 and lines[0]["dataset"] == "patterns" and lines[0]["round"] == 3
     flags = {"epochs": 2, "finetune": [0.01, 0.1], "own_images": False, "seed": 0}
     assert lines[0]["flags"] == flags
     assert "fine-tuned,   1 %" in printed and "fine-tuned,  10 %" in printed
+    for part, column in (("h", 1), ("z", 2)):  # one set of images: the total lies in between
+        total, intra, inter = (
+            float(lines_of(printed, f"-uniformity_{kind}")[0].split()[column])
+            for kind in ("total", "intra", "inter")
+        )
+        assert min(intra, inter) <= total <= max(intra, inter)
+        assert lines[0][f"uniformity_total_{part}"] == pytest.approx(-total, abs=1e-3)
     for key in (
         "linear_probe",
         "finetune_0.01",
@@ -280,7 +324,7 @@ def test_ctrl_c_is_one_line(checkpoint, monkeypatch, capsys):
 def test_transfer_has_no_clients(checkpoint, capsys):
     flags = ["--epochs", "1", "--dataset", "cifar10", "--device", "cpu", "--finetune"]
     evaluation.main([str(checkpoint), *flags])
-    assert "inter-client" not in capsys.readouterr().out
+    assert "uniformity_inter" not in capsys.readouterr().out
     assert records(checkpoint)[0]["dataset"] == "cifar10"
 
 
@@ -289,7 +333,6 @@ def test_parts_are_those_of_the_images_that_clients_hold(checkpoint, monkeypatch
     x, y = light_and_dark(200)
     data = Images(x, y, *light_and_dark(20), ["dark", "bright"])
     monkeypatch.setattr(evaluation, "load_dataset", lambda *_: data)
-    monkeypatch.setattr(evaluation, "bf16_is_fast", lambda device: False)
     content = torch.load(checkpoint, weights_only=True)
     dark, bright = (y == 0).nonzero()[:, 0], (y == 1).nonzero()[:, 0]
     content["model"] = settled_net(x).state_dict()
@@ -309,6 +352,7 @@ def test_parts_are_those_of_the_images_that_clients_hold(checkpoint, monkeypatch
         for line in records(checkpoint):
             assert line[f"uniformity_intra_{part}"] == pytest.approx(intra, abs=1e-4)
             assert line[f"uniformity_inter_{part}"] == pytest.approx(inter, abs=1e-4)
+            assert min(intra, inter) < line[f"uniformity_total_{part}"] < max(intra, inter)
 
 
 def test_everything_is_learnt_from_the_training_images(monkeypatch):
@@ -353,7 +397,8 @@ def test_scores_are_those_of_h_and_of_z_on_the_test_images():
     quick = quick_scores(net, *data[:4], amp=False)
     train, test = (encode(net, x, amp=False) for x in (data.train_x, data.test_x))
     four = train[0], data.train_y, test[0], data.test_y
-    assert scores["knn"] == quick["knn"] == knn_accuracy(*four)
+    assert scores["knn"] == knn_accuracy(*four, k=100) and scores["k"] == 100
+    assert quick["knn"] == knn_accuracy(*four, k=20)
     assert scores["linear_probe"] == linear_probe(*four, epochs=20)
     draws = torch.Generator().manual_seed(0)
     some = torch.randperm(60, generator=draws)
@@ -425,7 +470,7 @@ def test_the_script_takes_precision_and_data_folder_from_the_run(checkpoint, mon
 
     def evaluate(*args):
         seen.append(args[-1])
-        return {"linear_probe": 0.0, "knn": 0.0}
+        return {"linear_probe": 0.0, "knn": 0.0, "k": 7}
 
     monkeypatch.setattr(evaluation, "load_dataset", lambda *a: (seen.append(a[1]), load(*a))[1])
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
@@ -460,18 +505,3 @@ def test_bad_flags_are_one_line(checkpoint, flags, capsys, monkeypatch):
         evaluation.main([str(checkpoint), *flags])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and flags[1] in err
-
-
-@pytest.mark.parametrize(
-    "cpuinfo, fast",
-    [
-        ("GenuineIntel avx512_bf16", False),
-        ("GenuineIntel avx512_bf16 amx_bf16", True),
-        ("AuthenticAMD avx512_bf16", True),
-        ("AuthenticAMD avx2", False),
-    ],
-)
-def test_bf16_is_fast_with_amx_and_on_amds_with_avx512(cpuinfo, fast, monkeypatch):
-    monkeypatch.setattr(evaluation.Path, "exists", lambda path: True)
-    monkeypatch.setattr(evaluation.Path, "read_text", lambda path: cpuinfo)
-    assert evaluation.bf16_is_fast(torch.device("cpu")) == fast

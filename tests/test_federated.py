@@ -14,8 +14,6 @@ from federated import (
     choose_clients,
     federated_round,
     keyed_generator,
-    reset_optimizer,
-    share_out,
     train_client,
     train_federated,
 )
@@ -84,6 +82,19 @@ def test_average_equals_a_loop_in_float64_and_reads_its_states_once():
     for name, value in average.items():
         expected = sum(w / 10 * state[name].double() for w, state in zip(weights, states))
         assert torch.allclose(value.double(), expected, atol=1e-7)
+
+
+def test_averaging_goes_by_name_and_states_that_do_not_fit_are_named():
+    state = small_net().state_dict()
+    turned = dict(reversed(state.items()))  # as a safetensors file may have them
+    assert same(average_states([state, turned], [1, 1]), state)
+    for other, words in (
+        (nn.Linear(4, 2).state_dict(), r"bias \(2,\)|weight \(2, 4\)"),
+        ({**nn.Linear(2, 4).state_dict(), "extra": torch.ones(1)}, r"extra \(1,\)"),
+        ({"weight": torch.ones(4, 2)}, r"bias \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            average_states([nn.Linear(2, 4).state_dict(), other], [1, 1])
 
 
 @pytest.mark.parametrize(
@@ -208,9 +219,9 @@ def test_reports_are_averaged_by_samples():
 
 
 def test_another_rule_of_averaging_needs_no_edit():
-    def last_one_wins(states, weights, global_state, r):
+    def last_one_wins(states, weights, global_state, r, clients):
         assert same(global_state, small_net().state_dict())
-        assert weights == [len(part) for part in SPLIT] and r == 0
+        assert weights == [len(part) for part in SPLIT] and r == 0 and clients == [0, 1, 2]
         return states[-1]
 
     net, expected = small_net(), small_net()
@@ -230,7 +241,7 @@ def test_another_rule_of_averaging_needs_no_edit():
 
 
 def test_only_weights_and_sample_counts_reach_the_averaging():
-    def inspect(states, weights, global_state, r):
+    def inspect(states, weights, global_state, r, clients):
         seen = list(states)
         assert weights == [10, 25, 25]
         for state in [*seen, global_state]:
@@ -303,12 +314,21 @@ def test_a_round_without_a_finite_client_is_an_error_and_keeps_the_weights():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_processes_share_every_client_once_largest_first(count):
-    sizes = [5, 90, 40, 45, 5]
-    parts = [share_out([2, 3, 5, 7, 9], sizes, rank, count) for rank in range(count)]
-    assert sorted(sum(parts, [])) == [2, 3, 5, 7, 9]
+def test_processes_share_every_client_once_largest_first(count, monkeypatch):
+    split, parts = [range(size) for size in (5, 9, 8, 7, 5)], []
+
+    def gather(reports):
+        parts.append(list(reports))
+        raise StopIteration  # the rest needs the others
+
+    monkeypatch.setattr(federated, "gather", gather)
+    for rank in range(count):
+        monkeypatch.setattr(federated, "processes", lambda rank=rank: (rank, count))
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            run(small_net(), 1, split)
+    assert sorted(sum(parts, [])) == [0, 1, 2, 3, 4]
     if count == 2:
-        assert parts == [[2, 3], [5, 7, 9]]
+        assert parts == [[1, 3, 4], [0, 2]]  # by size: 1, 2, 3, 0, 4
 
 
 def one_of_many(rank, count, store, folder):
@@ -369,21 +389,106 @@ def test_participation_outside_its_range_is_a_value_error(participation):
         choose_clients(10, participation, keyed_generator(0))
 
 
-@pytest.mark.parametrize("make", [sgd, lambda net: torch.optim.Adam(net.parameters(), 0.01)])
-def test_a_reset_optimiser_is_bit_equal_to_a_fresh_one(make):
-    def steps(net, optimizer):
-        for i in range(5):
-            optimizer.zero_grad()
-            net(IMAGES[8 * i : 8 * i + 8]).square().mean().backward()
-            optimizer.step()
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("SGD", {"momentum": 0.9}),
+        ("SGD", {"momentum": 0.9, "dampening": 0.5}),
+        ("Adam", {}),
+        ("AdamW", {}),
+        ("NAdam", {}),
+        ("Rprop", {}),
+        ("ASGD", {}),
+        ("Adagrad", {}),
+        ("RMSprop", {"momentum": 0.9}),
+    ],
+)
+def test_every_client_begins_with_an_optimiser_as_new(name, options):
+    """A round of one optimiser for all clients equals one in which each client has its own."""
 
-    net = small_net()
-    start = copy.deepcopy(net.state_dict())
+    def make(net):
+        return getattr(torch.optim, name)(net.parameters(), lr=0.01, **options)
+
+    net, states = small_net(), []
+    for k, part in enumerate(SPLIT):
+        own, rng = copy.deepcopy(net), keyed_generator(0, "client", 0, k)
+        train_client(own, make(own), IMAGES, part, noisy_loss, k, rng, 2, 8)
+        states.append(own.state_dict())
     used = make(net)
-    steps(net, used)
-    net.load_state_dict(start)
-    reset_optimizer(used)
-    steps(net, used)
-    fresh = small_net()
-    steps(fresh, make(fresh))
-    assert same(net.state_dict(), fresh.state_dict())
+    federated_round(net, used, IMAGES, SPLIT, noisy_loss, 0, local_epochs=2, batch_size=8)
+    assert same(net.state_dict(), average_states(states, [10, 25, 25]))
+
+
+# ------------------------------------------------------------------ rules of one's own
+
+
+def test_the_choice_knows_its_round_and_may_be_a_tensor():
+    reports = run(small_net(), 3, choose=lambda n, share, rng, r: torch.tensor([r, 2 - r // 2]))
+    assert [report["clients"] for report in reports] == [[0, 2], [1, 2], [2, 1]]
+    assert all(type(k) is int for report in reports for k in report["clients"])
+
+
+def test_clients_that_report_other_terms_are_named():
+    def loss(model, batch, k, generator, global_state):
+        return model(batch).square().mean(), {"a" if k < 2 else "b": torch.tensor(1.0)}
+
+    with pytest.raises(ValueError, match="client 2 reports.*'b'.*'a'"):
+        run(small_net(), 1, loss=loss)
+
+
+def test_fedbn_keeps_every_clients_batchnorm_in_a_dozen_lines():
+    """FedBN (Li et al. 2021): BatchNorm's entries stay with the client, the others are averaged."""
+    own, net = {}, small_net()
+
+    def is_bn(name):
+        return name.startswith("2.")
+
+    def keep(states, weights, global_state, r, clients):
+        for k, state in zip(clients, states):
+            own[k] = {name: value for name, value in state.items() if is_bn(name)}
+        return average_states(states, weights)
+
+    def bring_back(k, mine):
+        net.load_state_dict(own.get(k, {}), strict=False)
+
+    seen = []
+
+    def watch(model, batch, k, generator, global_state):
+        seen.append((k, copy.deepcopy(model.state_dict()), global_state))
+        return noisy_loss(model, batch, k, generator, global_state)
+
+    options = {"average": keep, "progress": bring_back, "local_epochs": 1, "batch_size": 25}
+    for _ in train_federated(net, sgd(net), IMAGES, SPLIT, watch, 2, **options):
+        last = own.copy()
+        if len(seen) == 3:
+            first = last
+    assert [k for k, *_ in seen] == [0, 1, 2] * 2  # one step a client and round
+    for k, state, global_state in seen[3:]:
+        for name, value in state.items():
+            begin = first[k] if is_bn(name) else global_state
+            if not name.startswith("2.running") and not name.endswith("tracked"):  # forward moves
+                assert torch.equal(value, begin[name]), name
+    assert not same(first[0], first[1]) and not same(first[0], last[0])
+
+
+def test_indices_as_samples_train_a_classifier_with_labels():
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    y, net = (x[:, 0] > 0).long(), nn.Linear(2, 2)
+
+    def loss(model, i, *_):
+        return nn.functional.cross_entropy(model(x[i]), y[i]), {}
+
+    split = [range(0, 120), range(120, 200)]
+    for _ in train_federated(net, sgd(net), torch.arange(200), split, loss, 5, batch_size=20):
+        pass
+    assert (net(x).argmax(1) == y).float().mean() > 0.95
+
+
+def test_a_schedule_sets_every_parameter_group():
+    net, rates = small_net(), []
+    groups = [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(net.parameters())]
+    optimizer = torch.optim.SGD(groups)
+    options = {"lr": lambda r: 1 / (r + 1), "batch_size": 8}
+    for _ in train_federated(net, optimizer, IMAGES, SPLIT, noisy_loss, 2, **options):
+        rates.append({group["lr"] for group in optimizer.param_groups})
+    assert rates == [{1.0}, {0.5}]

@@ -20,7 +20,6 @@ SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "views.png"]
 STUDY = ["scores_rounds.svg", "scores_trade_off.svg", "split.svg"]
 FIRST = ["first_run.jsonl", "first_run.svg"]
-MAPS = ["separation_h.svg", "separation_z.svg"]
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +47,25 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
+def controls():
+    """Lines as extras/separation.py writes them: own shares 0.2 and up, of two seeds and rounds."""
+    for i, row in enumerate(("fedalignuniform", "ssd", "hsd")):
+        for r, seed in ((2, 0), (5, 0), (5, 1), (20, 0))[: 4 - i]:
+            for j, variant in enumerate(("own", "average", "same-images", "start")):
+                line = {"row": row, "round": r, "seed": seed, "variant": variant}
+                yield {**line, "space": "h", "own_share": 0.9}
+                line |= {"space": "z", "own_share": (2 + 3 * i + j + seed) / 10}
+                yield line | {"chance": 0.1, "matrix": [[i, r], [r, j]]} if j < 3 else line
+
+
 def test_all_figures_the_same_again_and_small(runs):
     pytest.importorskip("matplotlib")
-    line = {"run": "runs/ssd-seed0", "rounds": 2, "epochs": 1, "matrix": [[1, 2], [2, 3.5]]}
-    more = {"run": "runs/hsd-seed0", "matrix": np.ones((3, 3)).tolist()}  # of three clients
-    lines = [{"part": part, "when": when} for part in "hz" for when in ("before", "after")]
-    lines = [{**line, **own, **end} for own in ({}, more) for end in lines]
-    Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("lines.jsonl").write_text("\n".join(map(json.dumps, controls())))
     flags = ["scores.jsonl", "--separation", "lines.jsonl", "--split", "runs/ssd-seed0"]
     flags += ["--first-run", "runs/ssd-seed0", "runs/ssd-seed1", "--out"]
     figures.main([*flags, "one"])
     figures.main([*flags, "two"])
-    assert names("one") == sorted(METHOD + STUDY + FIRST + MAPS)
+    assert names("one") == sorted(METHOD + STUDY + FIRST + ["separation.svg"])
     for name in names("one"):
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
         assert Path("one", name).stat().st_size < 100_000
@@ -80,12 +86,23 @@ def test_the_first_runs_rounds_are_kept_with_the_untrained_network(runs, capsys)
     ]
     metrics = figures.read(Path("runs/ssd-seed1/metrics.jsonl"))
     kept = set(metrics[1]) - {"lr", "seconds", "clients", "left_out"}
-    assert lines[5] == {"seed": 1, **{name: metrics[1][name] for name in kept}}
+    assert lines[5] == {"method": "ssd", "seed": 1, **{name: metrics[1][name] for name in kept}}
     train.main([*SMALL, "--seed", "1", "--rounds", "0", "--out", "runs/untrained"])
     assert f"of the untrained encoder {lines[3]['knn']:.1f} %" in capsys.readouterr().out
     Path("first/first_run.svg").unlink()
     figures.main(["--out", "first"])  # from the record alone
     assert names("first") == sorted(METHOD + FIRST)
+
+
+def test_the_forest_needs_nothing_but_the_records(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figures.main(["--forest", str(figures.ROOT / "assets"), "--out", str(tmp_path)])
+    text = (tmp_path / "forest.svg").read_text()
+    assert text.count(", n = ") == sum(len(rows) for _, rows in figures.FOREST.values())
+    assert names(tmp_path) == sorted([*METHOD, "forest.svg"])
+    with pytest.raises(SystemExit) as stop:
+        figures.main(["--forest", "nowhere"])
+    assert stop.value.code == 2 and "nowhere/regime.jsonl" in capsys.readouterr().err
 
 
 def test_numbers_are_rounded_where_they_are_long():
@@ -101,6 +118,22 @@ def test_a_band_is_mean_and_spread():
     assert axis.lines[0].get_ydata().tolist() == [2, 5]
     outline = axis.collections[0].get_paths()[0].vertices[:, 1]
     assert outline.min() == pytest.approx(2 - 2**0.5) and outline.max() == 5
+
+
+def test_the_separations_shares_and_maps_are_of_the_last_common_round():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    figure = figures.separation(plt, list(controls()))
+    bars, *maps, _ = figure.get_axes()
+    heights = [bar.get_height() for bar in bars.patches]  # own, own, average, average
+    assert heights == pytest.approx([25, 55, 35, 65])  # round 5, means of two seeds
+    ends = bars.containers[1].errorbar.lines[2][0].get_segments()
+    assert np.diff(ends[0][:, 1]) == pytest.approx(2 * 10 / 2**0.5)
+    assert bars.lines[-1].get_ydata()[0] == pytest.approx(10)  # chance
+    shown = [axis.images[0].get_array()[::16, ::16].tolist() for axis in maps]
+    assert shown == [[[i, 5], [5, j]] for i in (0, 1) for j in (0, 2, 1)]
+    with pytest.raises(ValueError, match="no round of both"):
+        figures.separation(plt, [line for line in controls() if line["row"] != "ssd"])
 
 
 def test_a_figure_shows_the_scores_on_the_runs_own_data_set(runs):
@@ -125,7 +158,6 @@ def test_mistakes_are_one_line(runs, capsys):
         (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--separation", "scores.jsonl"], "scores.jsonl is not a file of extras/separation.py"),
-        (["--first-run", "runs/pd"], "runs/pd is of pd, not of ssd"),
         (["--first-run", "nowhere"], "nowhere/config.json"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -1,5 +1,6 @@
-"""README.md and extras/RESULTS.md tell the truth: code, flags, example, files, tables, links."""
+"""README.md, RESULTS.md and SPEED.md tell the truth: code, flags, example, files, tables, links."""
 
+import argparse
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import separation
 import study
 
 import eval as evaluation
+import model
 import train
 from model import SSDNet
 
@@ -28,7 +30,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 RESULTS = (ROOT / "extras/RESULTS.md").read_text()
-COMMANDS = re.findall(r"python ((?:extras/)?\w+\.py -?[^#`\n]*)", README + RESULTS)
+SPEED = (ROOT / "extras/SPEED.md").read_text()
+COMMANDS = re.findall(r"python ((?:extras/)?\w+\.py -?[^#`\n]*)", README + RESULTS + SPEED)
 DEMONSTRATIONS = {"losses.py", "model.py", "data.py", "federated.py"}
 SCRIPTS = {
     "train.py": train,
@@ -55,21 +58,31 @@ def block(words):
 def test_the_losses_are_those_of_the_file():
     """Every line beside a formula stands in losses.py; its input checks are left out."""
     source = [line.split("  #")[0].strip() for line in (ROOT / "losses.py").open()]
-    method = README[README.index("## The method") : README.index("## The algorithm")]
+    method = README[README.index("## The method") : README.index("## Results")]
     blocks = re.findall(r"```python\n(.*?)```", method, re.S)
     lines = [line.split("  #")[0].strip() for text in blocks for line in text.splitlines()]
     assert len(blocks) == 4 and len(lines) >= 8
     assert [line for line in lines if line not in source] == []
 
 
+def test_the_block_of_the_first_screen_runs():
+    names = {}
+    exec(block("loss.backward()"), names)
+    assert sorted(names["terms"]) == ["align", "distill", "dsr", "uniform"]
+
+
 def test_the_encoder_is_torchvisions_as_the_readme_loads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ours, names = SSDNet().eval(), {"torch": torch, "torchvision": torchvision}
     (tmp_path / "runs/NAME").mkdir(parents=True)
-    torch.save({"model": ours.state_dict()}, "runs/NAME/last.pt")
-    exec(block("torchvision.models.resnet18()"), names)
+    content = {"config": {"width": 64, "projector": True}, "split": [], "history": []}
+    torch.save({**content, "model": SSDNet().state_dict()}, "runs/NAME/last.pt")
+    (line,) = re.findall(r"`(model\.load_checkpoint.*?)`", README)
+    encoder, net = eval(line, {"model": model}), torchvision.models.resnet18()
+    net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.maxpool = net.fc = torch.nn.Identity()
+    net.load_state_dict(encoder.state_dict())
     x = torch.rand(2, 3, 32, 32)
-    assert torch.allclose(names["net"](x), ours(x)[0], atol=1e-6)
+    assert torch.allclose(net.eval()(x), encoder(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
@@ -96,9 +109,9 @@ def test_every_command_has_flags_that_exist(command, monkeypatch, tmp_path):
         with pytest.raises(Parsed):
             study.main()
     else:
-        parse = evaluation.OneLineParser.parse_args
+        parse = argparse.ArgumentParser.parse_args
         monkeypatch.setattr(
-            evaluation.OneLineParser,
+            argparse.ArgumentParser,
             "parse_args",
             lambda self, argv=None: stop(parse(self, argv)),
         )
@@ -110,7 +123,9 @@ def test_the_example_of_a_new_method_trains(tmp_path):
     """As a reader would: a file of one's own beside the project, train.py's flags."""
     (tmp_path / "mine.py").write_text(block("mine.py"))
     flags = "--dataset patterns --width 2 --limit 90 --clients 3 --alpha 1 --batch-size 16".split()
-    flags += "--rounds 2 --local-epochs 1 --lr 0.01 --device cpu --no-amp --out runs/mine".split()
+    flags += "--rounds 2 --local-epochs 1 --lr 0.01 --device cpu --out runs/mine".split()
+    flags += ["--method", "mine"]
+    assert "`python mine.py --method mine --dataset DIR`" in README
     done = subprocess.run(
         [sys.executable, "mine.py", *flags],
         cwd=tmp_path,
@@ -123,27 +138,191 @@ def test_the_example_of_a_new_method_trains(tmp_path):
     assert len(block("mine.py").splitlines()) <= 30 and (tmp_path / "runs/mine/last.pt").exists()
 
 
-def test_the_tables_of_results_are_those_of_their_runs():
-    """assets/*.jsonl are study.py's scores.jsonl or separation.py's, but for one. All are shown."""
-    shown = set(re.findall(r"<!-- assets/(\w.*\.jsonl) -->", RESULTS))
+def scores(name):
+    """{row: {seed: scores}} of a study's record on its own data set."""
+    return study.read((ROOT / f"assets/{name}.jsonl").open())[None]
+
+
+def compare(row, base, names, heading):
+    """Paired differences of two rows in a column of study.py, one a seed."""
+    key, factor, _ = study.COLUMNS[heading]
+    runs = study.differences(list(map(scores, names)), base)[row].values()
+    return [factor * run[key] for run in runs]
+
+
+def test_the_tables_of_results_are_those_of_their_records():
+    """assets/*.jsonl are study.py's scores.jsonl, but for those of other scripts. All are shown."""
+    marks = re.findall(r"<!-- .*\.jsonl -->", RESULTS)
+    shown = set(re.findall(r"assets/(\S+\.jsonl)", " ".join(marks)))
     records = {file.name for file in (ROOT / "assets").glob("*.jsonl")}
-    measured = {name for name in records if name.startswith("separation")}
-    assert measured and shown == records - measured - {"first_run.jsonl"}
+    others = {name for name in records if name.startswith(("separation", "controls", "first_run"))}
+    assert len(shown) > 9 and shown == records - others
     assert study.renew(RESULTS) == RESULTS, "python extras/study.py extras/RESULTS.md"
-    for name in measured:
-        lines = list(map(json.loads, (ROOT / "assets" / name).read_text().splitlines()))
-        assert all(separation.table(lines, part) in RESULTS for part in "hz"), name
+    assert len(RESULTS.encode()) <= 36 * 1024
 
 
-def test_the_readmes_results_are_those_of_their_runs():
-    rows = {"FedAlignUniform": "fedalignuniform", "+ distillation": "pd", "+ DSR": "dsr"}
-    rows |= {"SSD: both": "ssd", "SSD, gamma 0.2": "ssd --gamma 0.2", "HSD": "hsd"}
-    made = study.tables((ROOT / "assets/regime.jsonl").read_text().splitlines()).splitlines()
-    for start, row in rows.items():
-        (line,) = (line for line in README.splitlines() if line.startswith(f"| {start}"))
-        own = " ".join(found for found in made if found.startswith(f"| {row} |"))
-        cells = re.findall(r"[+−]?\d+\.\d+ ± \d+\.\d+", line)
-        assert len(cells) >= 2 and all(f"| {cell} " in own for cell in cells), start
+def test_the_verdicts_are_those_of_the_intervals():
+    """Claim: sign in the paper, what is compared in which column, records of the two scales."""
+    lp, silo, regime = "LP %", ["silo"], ["regime", "regime-cpu"]
+    no_projector = ("dsr --no-projector", "fedalignuniform --no-projector")
+    ssd, small = ("ssd", "fedalignuniform"), ["ablation"]
+    claims = {
+        "SSD raises LP, K = 10": (1, *ssd, lp, regime, small),
+        "SSD raises LP, K = 50": (1, *ssd, lp, [], ["device"]),
+        "SSD raises fine-tuning on 1 % of the labels": (1, *ssd, "FT 1 %", [], silo),
+        "SSD raises fine-tuning on 10 % of the labels": (1, *ssd, "FT 10 %", [], silo),
+        "DSR alone raises LP": (1, "dsr", ssd[1], lp, regime, small),
+        "distillation alone lowers LP": (-1, "pd", ssd[1], lp, regime, small),
+        "hard separation lowers LP": (-1, "hsd", ssd[1], lp, regime, small),
+        "DSR without projector raises LP": (1, *no_projector, lp, ["regime-projector"], []),
+        "SSD makes `z` more uniform": (1, *ssd, "−L_uniform z", regime, small),
+        "SSD aligns `z` better": (-1, *ssd, "alignment z", regime, small),
+        "hard separation aligns `z` worse": (1, "hsd", ssd[1], "alignment z", regime, small),
+        "hard separation makes `z` more uniform": (1, "hsd", ssd[1], "−L_uniform z", regime, small),
+        "distillation carries DSR's uniformity into `h`": (
+            *(1, "ssd", "dsr", "−L_uniform h", regime, small),
+        ),
+    }
+    table = RESULTS[RESULTS.index("## Verdicts") : RESULTS.index("## How to read")]
+    told = {line.split(" | ")[0][2:]: line for line in table.splitlines() if line[:2] == "| "}
+    assert list(told)[1:] == list(claims)
+    for claim, (sign, row, base, heading, *scales) in claims.items():
+        verdicts = []
+        for names in scales:
+            middle, half = study.interval(compare(row, base, names, heading)) if names else (0, 0)
+            verdict = "same sign" if middle * sign > 0 else "opposite sign"
+            verdict = "cannot tell" if abs(middle) < half else verdict
+            verdicts.append(verdict if names else "not tested")
+        assert told[claim].endswith(f" | {' | '.join(verdicts)} |"), (claim, verdicts)
+
+
+def test_the_findings_are_those_of_the_intervals():
+    """Row, base, records, columns, signs: 0 where the interval covers zero."""
+    base, r, four, silo = "fedalignuniform", ["regime", "regime-cpu"], ["ablation"], ["silo"]
+    lp, h, z, align, rank = "LP %", "−L_uniform h", "−L_uniform z", "alignment z", "eff. rank h"
+    for row, other, names, told in (
+        ("ssd", base, r, {lp: 0, h: -1, z: -1, align: -1, rank: -1}),
+        ("ssd --gamma 0.2", base, r, {lp: 0, h: -1, z: 0, align: 1}),
+        ("ssd --gamma 0.05", base, r, {lp: 0, h: -1, z: 0, align: 0}),
+        ("dsr", base, r, {lp: -1, h: 1}),
+        ("pd", base, r, {lp: 0, h: -1}),
+        ("ssd", base, four, {lp: 0, h: 1, align: -1, rank: -1}),
+        ("dsr", base, four, {lp: 0, h: 1, "kNN %": -1, rank: -1}),
+        ("pd", base, four, {lp: 0, "kNN %": -1, rank: -1}),
+        ("hsd", base, four, {lp: 0, rank: -1}),
+        ("dsr-literal", "dsr", ["choices-dsr"], {lp: -1}),
+        ("dsr-authors", "dsr", ["choices-dsr"], {lp: 0, h: -1}),
+        ("dsr --gamma 0.1", "dsr", ["choices-dsr"], {lp: 0, h: -1}),
+        ("ssd-reverse", "ssd", ["choices-ssd"], {lp: 0}),
+        ("ssd-half", "ssd", ["choices-ssd"], {lp: 0, h: -1}),
+        ("ssd-into-h", "ssd", ["choices-ssd"], {lp: 0}),
+        ("ssd-authors", "ssd", ["choices-ssd"], {lp: 0, h: -1}),
+        ("ssd-cosine", "ssd", ["choices-ssd"], {lp: 0, z: 1}),
+        *((row, base, silo, {lp: -1, "FT 1 %": 0, "FT 10 %": 0}) for row in ("fedx", "ldawa")),
+        *((row, base, silo, {lp: 0, "FT 1 %": 0, "FT 10 %": 0}) for row in ("feddecorr", "fedu2")),
+        ("local", base, [*silo, "local"], {lp: -1}),
+        *((row, base, ["device"], {lp: 0}) for row in ("fedx", "ldawa", "feddecorr", "fedu2")),
+        ("ssd", base, ["device"], {lp: 0, z: -1}),
+    ):
+        for heading, sign in told.items():
+            middle, half = study.interval(compare(row, other, names, heading))
+            found = 0 if abs(middle) < half else 1 if middle > 0 else -1
+            assert found == sign, (row, names, heading)
+
+
+def test_the_noise_floor_is_that_of_repeats():
+    headings = study.PAIRED[:1] + study.PAIRED[3:]
+    one, two = scores("regime"), scores("regime-cpu")
+    pairs = [(one[row][s], two[row][s]) for row in one for s in one[row] if s in two.get(row, {})]
+    assert len(pairs) == 9
+    rms, largest = "| root mean square |", "| largest |"
+    for key, _, digits in map(study.COLUMNS.get, headings):
+        off = [a[key] - b[key] for a, b in pairs]
+        digits = min(digits, 3)
+        rms += f" {(sum(d * d for d in off) / 9) ** 0.5:.{digits}f} |"
+        largest += f" {max(map(abs, off)):.{digits}f} |"
+    assert f"| | {' | '.join(headings)} |" in RESULTS and rms in RESULTS and largest in RESULTS
+
+
+def test_the_separation_is_that_of_its_records():
+    """Inter-client, of own and average networks; every run of assets/separation*.jsonl is there."""
+    titles = {"separation-wide": "width 64: ", "separation-epochs": "five epochs: "}
+    rows = {}
+    for file in sorted((ROOT / "assets").glob("separation*.jsonl")):
+        for line in map(json.loads, file.open()):
+            run, seed = line["run"].split("/")[-1].rsplit("-seed")
+            run = run.replace("-gamma-", " --gamma ").replace("-rounds-4-local-epochs-5", "")
+            label = f"{titles.get(file.stem, '')}{run}, round {line['rounds']}"
+            found = rows.setdefault(label, {}).setdefault((line["part"], line["when"]), {})
+            found[seed] = line["inter"]
+    assert len(rows) == 16
+    for label, row in rows.items():
+        cells = []
+        for part in "zh":
+            own, average = row[part, "before"], row[part, "after"]
+            change = study.cell([average[seed] - own[seed] for seed in own], 3, True)
+            cells += [f"{sum(v.values()) / len(v):.3f}" for v in (own, average)] + [change]
+        assert f"| {' | '.join([label, *cells, str(len(own))])} |" in RESULTS
+
+
+def test_the_forest_is_that_of_the_records_and_of_the_papers_tables():
+    shown = (ROOT / "assets/forest.svg").read_text()
+    paper = dict(re.findall(r"^\| ([^|]+) \| (\d\d\.\d\d) ", RESULTS, re.M))
+    device = re.findall(
+        r"^\| (\w\S+) (?:\| [\d.]+ ){3}\| (\d\d\.\d\d) (?:\|[^|]+){2}\|$", RESULTS, re.M
+    )
+    device, names = dict(device), {"pd": "+ PD", "dsr": "+ DSR", "ldawa": "L-DAWA"}
+    names["dsr --no-projector"] = "+ DSR, no projector"
+    names |= {name.lower(): name for name in paper | device if name.isalnum()}
+    for title, (files, papers) in figures.FOREST.items():
+        base = next(iter(scores(files[0])))
+        for row, value in papers.items():
+            values = compare(row, base, files, "LP %")
+            assert f">{study.cell(values, 1, True)}, n = {len(values)}<" in shown, row
+            if value is not None:
+                printed = device if "50 clients" in title else paper
+                baseline = "FedAlignUniform" + ", no projector" * ("projector" in title)
+                minus = float(printed[names[row]]) - float(printed[baseline])
+                assert value == pytest.approx(minus), (title, row)
+
+
+def test_what_results_says_beside_its_tables():
+    page, regime, untrained = " ".join(RESULTS.split()), scores("regime"), "ssd --rounds 0"
+    lp = [run["linear_probe"] for run in regime[untrained].values()]
+    assert f"({sum(lp) / len(lp):.2f}, n = {len(lp)})" in page
+    printed, two = scores("choices-dsr")["dsr-literal"], scores("silo")[untrained]
+    assert len(two) == 2 and all(printed[s]["linear_probe"] < two[s]["linear_probe"] for s in two)
+    (all_here,) = scores("regime-cpu")["fedalignuniform --clients 1"].values()
+    assert f"have LP {all_here['linear_probe']:.2f}" in page
+    ahead = {}
+    for key in ("uniformity_h_rounds", "uniformity_z_rounds"):
+        pairs = [(regime["ssd"][s][key], regime["fedalignuniform"][s][key]) for s in (0, 1, 2)]
+        ahead[key] = [{r for r, (a, b) in enumerate(zip(*p), 1) if a < b} for p in pairs]
+    h, z = ahead.values()
+    assert set.intersection(*h) == {2, 3, 4, 5} and max(set.union(*h)) == 6
+    assert set.intersection(*z) == {4} and max(set.union(*z)) == 4
+    assert "in rounds 2 to 5 of every seed on the H200, and in none from round 7 on" in page
+
+
+def test_the_readmes_claims_are_those_of_their_runs():
+    """A claim's number: row, what is subtracted, column, digits, the paper's sign."""
+    base, lp = "fedalignuniform", ("LP %", 2)
+    for number, (row, other, (heading, digits), sign) in {
+        1: ("ssd", base, lp, 1),
+        2: ("dsr", base, lp, 1),
+        3: ("pd", base, lp, -1),
+        4: ("hsd", base, lp, -1),
+        5: ("ssd", base, ("−L_uniform z", 3), 1),
+        6: ("ssd", base, ("alignment z", 3), -1),
+        7: ("ssd", "dsr", ("−L_uniform h", 3), 1),
+    }.items():
+        values = compare(row, other, ["regime", "regime-cpu"], heading)
+        middle, half = study.interval(values)
+        verdict = "same sign" if middle * sign > 0 else "opposite"
+        verdict = "cannot tell" if abs(middle) < half else verdict
+        (line,) = re.findall(rf"^\| {number} .*", README, re.M)
+        cell = study.cell(values, digits, True)
+        assert line.endswith(f" | {cell}, {len(values)} | {verdict} |"), (cell, verdict)
 
 
 def prose(page):
@@ -151,16 +330,16 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", page, flags=re.S | re.M).splitlines()
 
 
-@pytest.mark.parametrize("page, columns", [(README, 6), (RESULTS, 8)])
+@pytest.mark.parametrize("page, columns", [(README, 6), (RESULTS, 8), (SPEED, 8)])
 def test_tables_are_narrow_and_lines_short(page, columns):
     lines = prose(page)
     tables = [line.replace(r"\|", "") for line in lines if line.startswith("|")]
-    assert len(tables) > 20 and max(line.count("|") - 1 for line in tables) <= columns
-    assert all(len(line) <= 120 for line in lines if not line.startswith(("|", "<img")))
+    assert len(tables) > 9 and max(line.count("|") - 1 for line in tables) <= columns
+    assert all(len(line) <= 120 for line in lines if not line.startswith(("|", "<img", "<!--")))
 
 
 def test_the_readme_is_read_to_the_end():
-    assert len(README.encode()) <= 14 * 1024 and len(README.splitlines()) <= 265
+    assert len(README.encode()) <= 10 * 1024 and len(README.splitlines()) <= 180
 
 
 @pytest.mark.parametrize(
@@ -195,12 +374,12 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", ["README.md", "extras/RESULTS.md"])
+@pytest.mark.parametrize("name", ["README.md", "extras/RESULTS.md", "extras/SPEED.md"])
 def test_every_relative_link_and_anchor_resolves(name):
     text = "\n".join(prose((ROOT / name).read_text()))
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     links = [link for link in links if "://" not in link]
-    assert len(links) > 5
+    assert len(links) > 2
     for link in links:
         path, _, anchor = link.partition("#")
         file = (ROOT / name).parent / path if path else ROOT / name

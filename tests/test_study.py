@@ -1,10 +1,12 @@
 """extras/study.py: a table of methods and seeds that goes on where it was stopped."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
@@ -57,9 +59,10 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
         "geometry of z",
         "minus pd",
     ]
-    assert rows[0] == "| accuracy | LP % | kNN % | s/round | n |" and len(rows) == 15
+    assert rows[0] == "| accuracy | LP % | kNN % | s/round | n |" and len(rows) == 16
     assert rows[2].startswith("| pd | ") and rows[2].endswith("| 2 |") and rows[2].count("±") == 3
-    assert rows[14].startswith("| dsr --no-projector | ") and rows[14].count("/2)") == 7
+    assert rows[14].startswith("| itself | ") and rows[15].startswith("| dsr --no-projector | ")
+    assert rows[15].count(" to ") == 6
     lines = [json.loads(line) for line in Path("runs/scores.jsonl").read_text().splitlines()]
     assert [(line["row"], line["seed"]) for line in lines] == [
         ("pd", 0),
@@ -191,14 +194,18 @@ def test_the_tables_by_hand():
         "| a | 1.000 | 1 |",
         "| b | 2.000 ± 1.000 | 3 |",
         "",
-        "| minus a | LP % | −L_uniform h |",
-        "| --- | --- | --- |",
-        "| b | −39.00 (1/1) | +0.000 (0/1) |",
+        "| minus a | LP % | −L_uniform h | n |",
+        "| --- | --- | --- | --- |",
+        "| itself | 40.00 | 1.000 | 1 |",
+        "| b | −39.00 | +0.000 | 1 |",
     ]
 
 
 def test_paired_differences_by_hand():
-    """LP: 2 - 4, 5 - 5, 9 - 10, mean -1, std 1, two below 0; -L: 2 - 1, 4 - 1, 1 - 2, mean 1."""
+    """LP: 2 - 4, 5 - 5, 9 - 10, mean -1, std 1; -L: 2 - 1, 4 - 1, 1 - 2, mean 1, std 2.
+
+    Half the interval is 4.303 std / sqrt(3): 2.48 and 4.97.
+    """
     first = {seed: {"linear_probe": 4.0 + seed, "uniformity_z": -1.0} for seed in (0, 1)}
     first[6] = {"linear_probe": 10.0, "uniformity_z": -2.0}
     other = {  # in another order, and with a seed that the first row lacks
@@ -209,10 +216,46 @@ def test_paired_differences_by_hand():
     }
     rows = {"a": first, "b": other, "c": {7: {"linear_probe": 1.0}}}
     assert study.tables(scores_lines(rows)).splitlines()[-4:] == [
-        "| minus a | LP % | −L_uniform z |",
+        "| minus a | LP % | −L_uniform z | n |",
+        "| --- | --- | --- | --- |",
+        "| itself | 6.33 | 1.333 | 3 |",
+        "| b | −1.00 (−3.48 to +1.48) | +1.000 (−3.969 to +5.969) | 3 |",
+    ]
+
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_the_interval_has_students_quantile(n):
+    """The density of Student's t, summed up to it, is 0.975: x = tan(a), da = 0.5 / 400,000."""
+    half = study.T[n - 2]
+    assert study.interval([-1.0, 1.0] * (n // 2) + [0.0] * (n % 2))[0] == 0
+    _, found = study.interval(list(range(n)))
+    assert found == pytest.approx(half * np.std(range(n), ddof=1) / n**0.5)
+    x = np.linspace(0, half, 400_001)
+    scale = math.gamma(n / 2) / math.gamma((n - 1) / 2) / math.sqrt((n - 1) * math.pi)
+    density = scale * (1 + x**2 / (n - 1)) ** (-n / 2)
+    assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-5)
+
+
+def test_the_tables_of_who_sees_what_by_hand():
+    """Differences 2 - 1, 4 - 1 and 1 - 3: mean 2/3, std sqrt(19/3), 4.303 std / sqrt(3) = 6.252."""
+    values = {"a": {0: 1, 1: 1, 2: 3}, "b": {2: 1, 1: 4, 0: 2}, "c": {5: 9}}
+    lines = [
+        {"row": row, "seed": seed, "round": 20, "variant": "own", "space": space, "inter": value}
+        for row, runs in values.items()
+        for seed, value in runs.items()
+        for space in "hz"
+    ]
+    lines.append({**lines[1], "round": 2, "inter": -0.5})  # a, seed 0, z
+    assert study.tables(map(json.dumps, lines)).split("\n\n")[0].splitlines() == [
+        "| inter-client −L_uniform of z | a | b | c |",
+        "| --- | --- | --- | --- |",
+        "| round 2, own | −0.500 | – | – |",
+        "| round 20, own | 1.667 ± 1.155 | 2.333 ± 1.528 | 9.000 |",
+    ]
+    assert study.crosswise(lines, "inter-client −L_uniform of h", "a").splitlines() == [
+        "| inter-client −L_uniform of h, minus a | b | c |",
         "| --- | --- | --- |",
-        "| b | −1.00 ± 1.00 (2/3) | +1.000 ± 2.000 (2/3) |",
-        "| c | – | – |",
+        "| round 20, own | +0.667 (−5.585 to +6.919) | – |",
     ]
 
 
@@ -229,14 +272,29 @@ def test_no_table_has_more_than_eight_columns():
 
 
 def test_a_page_gets_its_tables_anew(tmp_path, capsys, monkeypatch):
+    """One study on two machines; seed 1 of b is a repeat, and c is compared on its own machine."""
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    (tmp_path / "one.jsonl").write_text("\n".join(scores_lines({"a": {0: {"knn": 12.5}}})))
-    text = "Before\n<!-- one.jsonl -->\nold\n<!-- end -->\nbetween"
-    (tmp_path / "page.md").write_text(text)
+    one = {"a": {0: {"knn": 10.0}, 1: {"knn": 20.0}}, "b": {0: {"knn": 12.0}, 1: {"knn": 26.0}}}
+    two = {"a": {1: {"knn": 50.0}}, "b": {1: {"knn": 99.0}}, "c": {1: {"knn": 51.0}}}
+    lines = scores_lines({"a": {0: {"knn": 1.0}}, "b": {0: {"knn": 4.0}}}, "else")
+    for name, text in (("one", scores_lines(one)), ("two", scores_lines(two)), ("three", lines)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(text))
+    marks = "n > 1: one.jsonl two.jsonl", "n = 1: one.jsonl two.jsonl, three.jsonl"
+    marks += ("a minus b: one.jsonl",)
+    text = "Before\n" + "\n".join(f"<!-- {mark} -->\nold\n<!-- end -->" for mark in marks)
+    (tmp_path / "page.md").write_text(text + "\nafter <!-- first run -->")
     study.main([str(tmp_path / "page.md")])
     page = (tmp_path / "page.md").read_text()
-    made = "| accuracy | kNN % | n |\n| --- | --- | --- |\n| a | 12.50 | 1 |"
-    assert page == f"Before\n<!-- one.jsonl -->\n\n{made}\n\n<!-- end -->\nbetween"
+    made = (
+        "| minus a | kNN % | n |\n| --- | --- | --- |\n| itself | 15.00 | 2 |\n"
+        "| b | +4.00 (−21.41 to +29.41) | 2 |",  # 2 and 6: 12.706 x 2.83 / 1.41
+        "| difference | kNN % | n |\n| --- | --- | --- |\n| one: c minus a | +1.00 | 1 |\n"
+        "| three on else: b minus a | +3.00 | 1 |",
+        "| difference | kNN % | n |\n| --- | --- | --- |\n"
+        "| one: a minus b | −4.00 (−29.41 to +21.41) | 2 |",
+    )
+    parts = [f"<!-- {m} -->\n\n{t}\n\n<!-- end -->" for m, t in zip(marks, made)]
+    assert page == "Before\n" + "\n".join(parts) + "\nafter <!-- first run -->"
     assert study.renew(page) == page
     with pytest.raises(SystemExit) as stop:
         study.main([str(tmp_path / "other.md")])

@@ -12,10 +12,9 @@ import torch
 
 import train
 from data import draw_patterns
-from eval import load_checkpoint
 from federated import keyed_generator
 from losses import scaling_vectors
-from model import SSDNet
+from model import SSDNet, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -97,6 +96,13 @@ def test_a_run_leaves_its_folder_and_says_what_is_next(capsys):
     assert sorted(sum(split.values(), [])) == list(range(120))
 
 
+def test_every_cpu_computes_in_float32_unless_amp_says_otherwise(capsys):
+    flags = [flag for flag in SMALL if flag != "--no-amp"] + ["--rounds", "0"]
+    for more, type_ in ([], "float32"), (["--amp"], "bfloat16"):
+        train.main([*flags, *more])
+        assert f", cpu, {type_}\n" in capsys.readouterr().out
+
+
 def test_the_checkpoint_holds_tensors_and_plain_values_only():
     run("--out runs/a")
     content = torch.load("runs/a/last.pt", weights_only=True)
@@ -145,23 +151,72 @@ def test_resuming_needs_nothing_but_the_checkpoint(tmp_path):
     assert [line["round"] for line in lines("moved/metrics.jsonl")] == [1, 2]
 
 
-def test_resuming_may_repeat_flags_but_not_contradict_them(capsys):
+def test_a_resumed_run_stays_the_same_run_and_other_flags_hold(capsys):
     run("--out runs/a")
     before = Path("runs/a/last.pt").read_bytes()
     run("--resume runs/a/last.pt")  # nothing left to do
     for flags in (
-        ["--lr", "0.3"],
         ["--clients", "4"],
         ["--method", "dsr"],
-        ["--rounds", "0"],
+        ["--width", "4"],
+        ["--seed", "1"],
+        ["--limit", "60"],
+        ["--alpha", "0.5"],
         ["--no-projector"],
         ["--out", "runs/b"],
     ):
         with pytest.raises(SystemExit) as stop:
             train.main(["--resume", "runs/a/last.pt", *flags])
         assert stop.value.code == 2
-    capsys.readouterr()
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and flags[0].removeprefix("--no-") in err
     assert Path("runs/a/last.pt").read_bytes() == before and not Path("runs/b").exists()
+    flags = "--rounds 2 --lr 0.3 --amp --batch-size 8".split()
+    train.main(["--resume", "runs/a/last.pt", *flags])
+    config = load_checkpoint("runs/a/last.pt")[0]["config"]
+    assert (config["lr"], config["amp"], config["batch_size"]) == (0.3, True, 8)
+    assert lines()[-1]["lr"] == 0.3 and len(lines()) == 2
+
+
+def test_a_script_that_only_calls_main_makes_a_run_that_train_resumes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
+    run("--out runs/a")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
+    assert len(lines()) == 2
+
+
+def own_loss(config, images, split):
+    return {"loss": lambda model, batch, *_: (model(batch / 255)[1].square().mean(), {})}
+
+
+def test_a_loss_of_ones_own_has_a_row_of_its_own_and_never_goes_on_as_ssd(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SMALL, "--out", "runs/a"], make_options=own_loss)
+    assert stop.value.code == 2 and "row of its own" in capsys.readouterr().err
+    methods = {**train.METHODS, "mine": {"gamma": 0.0, "delta": 0.0}}
+    flags = [*SMALL, "--rounds", "1", "--method", "mine"]
+    train.main(flags, methods=methods, make_options=own_loss)
+    assert Path("runs/patterns-mine-k3-seed0/last.pt").exists()
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--resume", "runs/patterns-mine-k3-seed0/last.pt", "--rounds", "2"])
+    assert stop.value.code == 2 and "--method mine" in capsys.readouterr().err
+
+
+def test_a_progress_of_ones_own_is_kept():
+    seen = []
+    hook = {"progress": lambda k, mine: seen.append((k, mine))}
+    train.main([*SMALL, "--rounds", "1", "--out", "runs/a"], make_options=lambda *_: hook)
+    assert seen == [(k, [0, 1, 2]) for k in range(3)]
+
+
+def test_an_empty_folder_is_taken_as_it_is():
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    inode = Path("real").stat().st_ino
+    run("--out link")
+    assert Path("link").is_symlink() and Path("real").stat().st_ino == inode
+    assert len(lines("real/metrics.jsonl")) == 1
 
 
 def test_a_second_run_of_the_same_name_gets_its_own_folder():
@@ -213,21 +268,19 @@ def test_the_weights_and_the_clients_d_k_reach_the_objective():
     assert torch.equal(d_k, scaling_vectors(3, 16, 7.0, seed=4)[1])
 
 
-def test_a_diverged_run_stops_and_keeps_its_last_good_round(capsys):
+def test_a_diverged_run_stops_and_keeps_its_last_good_round(monkeypatch, capsys):
     run("--out runs/a")
     before = Path("runs/a/last.pt").read_bytes()
 
     def not_a_number(model, images, *_):
         return model(images.float())[0].sum() * float("nan"), {}
 
+    monkeypatch.setattr(train, "make_loss", lambda *_: not_a_number)
     with pytest.raises(SystemExit) as stop:
-        train.main(
-            ["--resume", "runs/a/last.pt", "--rounds", "2"],
-            make_options=lambda *_: {"loss": not_a_number},
-        )
+        train.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
     err = capsys.readouterr().err
     assert stop.value.code == 1 and len(err.splitlines()) == 1
-    assert "no client of round 2 has a finite loss" in err and "lower --lr" in err
+    assert "no client of round 2 has a finite loss: lower the rate" in err
     assert Path("runs/a/last.pt").read_bytes() == before and len(lines()) == 1
 
 
@@ -245,7 +298,7 @@ def test_a_client_that_diverges_is_named_on_the_terminal_and_in_the_metrics(monk
 
     monkeypatch.setattr(train, "make_loss", poisoned)
     run("--out runs/a")
-    assert "left out, not finite: client [1]" in capsys.readouterr().out
+    assert "left out, not finite: [1]" in capsys.readouterr().out
     assert lines()[0]["left_out"] == [1] and lines()[0]["clients"] == [0, 1, 2]
     assert all(value.isfinite().all() for value in weights().values())
 
@@ -262,42 +315,25 @@ def test_no_rounds_leave_the_untrained_network():
 # ------------------------------------------------------------------ waiting
 
 
-def progress_of(monkeypatch, terminal, seconds_a_step, rounds=3):
-    """make_progress over `rounds` rounds of two clients with 2 x 6 and 2 x 12 steps."""
-    clock = [100.0]
+def test_a_terminal_shows_who_trains_and_the_time_left(monkeypatch, capsys):
+    clock, history = [100.0], []
     monkeypatch.setattr(train.time, "time", lambda: clock[0])
-    monkeypatch.setattr(train, "TERMINAL", terminal)
-    monkeypatch.setattr(train, "CLEAR", "\n" if terminal else "")
-
-    config = {"local_epochs": 2, "batch_size": 10, "participation": 1.0, "rounds": rounds}
-    split, history = [range(65), range(120)], []
-    weight = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([weight], 0.1)
-    progress = train.make_progress(sgd, config, split, history)
-    for _ in range(rounds):
-        for k, steps in ((0, 12), (1, 24)):
+    monkeypatch.setattr(train, "CLEAR", "\n")
+    arguments = {"rounds": 3}, [range(100), range(300)], history
+    assert train.make_progress(*arguments) is None  # not a terminal
+    monkeypatch.setattr(train, "TERMINAL", True)
+    progress = train.make_progress(*arguments)
+    for _ in range(2):
+        for k, seconds in ((0, 10), (1, 30)):  # ten images a second
             progress(k, [0, 1])
-            for _ in range(steps):
-                clock[0] += seconds_a_step
-                sgd.step()
+            clock[0] += seconds
         history.append({})
-
-
-def test_off_a_terminal_one_line_says_how_long_a_round_and_the_run_take(monkeypatch, capsys):
-    progress_of(monkeypatch, False, 60.0)
-    # 36 steps a round, 20 of 108 done, a minute each
-    assert capsys.readouterr() == (
-        "after 20 steps: about 0:36:00 a round, 1:28:00 for the run\n",
-        "",
-    )
-
-
-def test_on_a_terminal_the_place_and_the_time_left_every_second(monkeypatch, capsys):
-    progress_of(monkeypatch, True, 0.6)
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert len(lines) == 108 // 2 - 1  # at most one a second: every second step
-    assert lines[0] == "client 1 of 2, step 3 of 36, left: 0:00:20 of the round, 0:01:03 of the run"
-    assert lines[-1].startswith("client 2 of 2, step 35 of 36, left: 0:00:01 of the round, 0:00:01")
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "client 1 of 2",
+        "client 2 of 2, left: 0:00:30 of the round, 0:01:50 of the run",
+        "client 1 of 2, left: 0:00:40 of the round, 0:01:20 of the run",
+        "client 2 of 2, left: 0:00:30 of the round, 0:01:10 of the run",
+    ]
 
 
 # ------------------------------------------------------------------ methods
@@ -346,11 +382,11 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--clients", "0"], "--clients.*at least 1.*'0'"),
-        (["--clients", "2.5"], "--clients.*whole number"),
+        (["--clients", "0"], "--clients.*0 is not at least 1"),
+        (["--clients", "2.5"], "--clients.*whole number.*'2.5'"),
         (["--clients", "1000"], "1000 clients.*fewer clients"),
         (["--clients", "13"], "13 clients.*120"),
-        (["--alpha", "0"], "--alpha.*above 0"),
+        (["--alpha", "0"], "--alpha.*0 is not at least 1e-12"),
         (["--alpha", "-1"], "--alpha"),
         (["--alpha", "nan"], "--alpha"),
         (["--alpha", "inf"], "--alpha"),
@@ -372,7 +408,7 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
         (["--lr", "0"], "--lr"),
         (["--momentum", "1.5"], "--momentum"),
         (["--weight-decay", "-1"], "--weight-decay"),
-        (["--batch-size", "1"], "--batch-size.*at least 2"),
+        (["--batch-size", "1"], "--batch-size.*1 is not at least 2"),
         (["--width", "0"], "--width"),
         (["--seed", "-1"], "--seed"),
         (["--seed", "9" * 400], "--seed.*at most"),
@@ -386,12 +422,12 @@ PARTITION = [list(range(0, 60)), list(range(60, 120))]
         (["--split-file", "not.json"], "not.json must be JSON"),
         (["--split-file", "number.json"], "must be JSON"),
         (["--split-file", "words.json"], "must be JSON"),
-        (["--split-file", "twice.json"], "names twice image 5"),
+        (["--split-file", "twice.json"], "once: see image 5"),
         (["--split-file", "outside.json"], "image 120"),
-        (["--split-file", "short.json"], "leaves out image 119"),
+        (["--split-file", "short.json"], "once: see image 119"),
         (["--split-file", "lonely.json"], "at least 2"),
         (["--split-file", "good.json"], "--clients 3: split file good.json has 2"),
-        (["--resume", "missing.pt"], "no checkpoint at missing.pt"),
+        (["--resume", "missing.pt"], "missing.pt is not a checkpoint.*No such file"),
         (["--resume", "garbage.pt"], "garbage.pt is not a checkpoint"),
         (["--resume", "shape.pt"], "shape.pt is not a checkpoint"),
         (["--out", "full"], "full is not empty"),
@@ -453,30 +489,19 @@ def with_split(*parts):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (with_config(batch_size="x"), "--batch-size.*'x'"),
-        (with_config(lr=[1]), "--lr"),
-        (with_config(lr=float("nan")), "--lr.*nan"),
-        (with_config(width=10**9), "not a checkpoint"),
-        (with_config(width="4"), "not a checkpoint"),
-        (with_config(local_epochs=-1), "--local-epochs"),
+        (with_config(width=None), "not a checkpoint"),
         (with_config(method="../x"), "--method"),
         (with_config(dataset="../x"), "'../x'"),
-        (with_config(no_such_flag=1), "no_such_flag"),
-        (with_config(script="mine.py"), "last.pt was trained by mine.py: go on with that"),
+        (with_config(no_such_flag=1), "last.pt is another script's: .* has no no_such_flag"),
         (with_config(clients=2), "--clients 2.*has 3"),
-        (with_split(*PARTITION[:1], PARTITION[0]), "names twice image 0"),
+        (with_split(*PARTITION[:1], PARTITION[0]), "once: see image 0"),
         (with_split(*PARTITION, [120, 121]), "image 120"),
-        (with_split(*PARTITION, [-1, -2]), "not a checkpoint"),
-        (with_split(PARTITION[0]), "leaves out image 60"),
-        (with_split(PARTITION), "not a checkpoint"),
-        (with_split([0.5, 1.5]), "not a checkpoint"),
+        (with_split(PARTITION[0]), "image 60"),
         (with_split(), "at least 2"),
-        (lambda checkpoint: checkpoint.update(history=1), "not a checkpoint"),
-        (lambda checkpoint: checkpoint.update(history=[1]), "not a checkpoint"),
-        (lambda checkpoint: checkpoint.update(history=[{}, {}]), "--rounds 1: 2 are done"),
         (lambda checkpoint: checkpoint.update(model={}), "not a checkpoint"),
         (lambda checkpoint: checkpoint.update(model=Code()), "not a checkpoint"),
         (lambda checkpoint: checkpoint.pop("config"), "not a checkpoint"),
+        (lambda checkpoint: checkpoint.pop("history"), "not a checkpoint"),
     ],
 )
 def test_a_strangers_checkpoint_is_checked_before_it_is_used(spoil, words, a_run, tmp_path, capsys):
@@ -501,9 +526,10 @@ def test_too_little_memory_is_one_line(capsys):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     ):
         with pytest.raises(SystemExit) as stop:
-            train.leave(error, None, "train.py")
+            train.leave(error, Path("runs/a"), "train.py")
         assert stop.value.code == 1
-        assert capsys.readouterr().err.startswith("out of memory: start anew with a smaller")
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and "memory" in err and "--resume runs/a/last.pt" in err
 
 
 def test_processes_that_do_not_know_their_number_are_one_line(monkeypatch, capsys):

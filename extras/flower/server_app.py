@@ -16,9 +16,10 @@ from flwr.serverapp.strategy import FedAvg
 
 import train
 from data import load_dataset, read_split
-from eval import load_checkpoint, open_run, save_checkpoint
 from federated import average_states, choose_clients, keyed_generator
 from losses import scaling_vectors
+from model import load_checkpoint
+from train import open_run, save_checkpoint
 
 OWN = ("resume", "round-timeout", "node-timeout")  # the run config's other keys are train.py's
 SENT = "beta gamma delta lr momentum weight_decay local_epochs batch_size width seed".split()
@@ -53,7 +54,7 @@ def prepare(run_config, resume):
         checkpoint, model = load_checkpoint(resume)
         saved, history = checkpoint["config"], checkpoint["history"]
         known = saved["method"] in train.METHODS.keys() - {"hsd"} and saved["projector"]
-        if not known or saved.get("script", "train.py") != "train.py":
+        if not known or saved.keys() - config.keys():
             raise ValueError(f"{resume} is of another method than this app trains")
         rounds = config["rounds"] if run_config["rounds"] != "" else saved["rounds"]
         if rounds < len(history):
