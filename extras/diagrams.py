@@ -1,8 +1,9 @@
 """Pictures of the method, which need no run; extras/figures.py draws them.
 
 sphere: two clients before and after DSR. pipeline: from an image to z, where the four losses act,
-what is sent. scales: d_k, and z beside its target. views: what training sees of an image. And what
-all figures share: style, colours, legend.
+what is sent. scales: d_k, and z beside its target. stopgrad: where a step of DSR moves a point,
+with it and without. views: what training sees of an image. And what all figures share: style,
+colours, legend.
 """
 
 import sys
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import draw_patterns, two_views  # noqa: E402
-from losses import scaling_vectors, toy  # noqa: E402
+from losses import dsr_loss, scaling_vectors, toy  # noqa: E402
 
 STYLE = {  # a light card of its own: it reads the same on a light and on a dark page
     "figure.facecolor": "#f7f7f5",
@@ -151,6 +152,46 @@ def scales(plt, clients=10, dim=40, k=3):
     for axis in (axes["a"], axes["c"]):
         axis.set_xlabel("dimension")
     figure.tight_layout()
+    return figure
+
+
+def dsr_slopes(share, a=10.0):
+    """DSR's loss at points of these own shares, (N,) in (0, 1), and how fast descent changes them.
+
+    A point of own share s is z = (sqrt(s), sqrt(1 - s)), its d_k (a, 1). Returns three (N,): the
+    loss; ds/dt for dz/dt = -gradient along the circle, with stopgrad, and without it, where the
+    gradient also flows through the target. Without it s rises only above 1 / (1 + a).
+    """
+    z = torch.stack([share.sqrt(), (1 - share).sqrt()], 1).requires_grad_()
+    d_k = z.new_tensor([a, 1.0])
+    loss = (z - F.normalize(z * d_k, dim=1)).square().sum(1)
+    slopes = []
+    for total in (dsr_loss(z, d_k) * len(z), loss.sum()):
+        (gradient,) = torch.autograd.grad(total, z)
+        along = gradient - (gradient * z).sum(1, keepdim=True) * z  # the rest changes ||z|| only
+        slopes.append(-2 * (z * along)[:, 0].detach())  # ds = 2 z_own dz_own
+    return loss.detach(), *slopes
+
+
+def stopgrad(plt, a=10.0):
+    """Why stopgrad: the loss over the own share, and what a step of descent does to that share."""
+    peak, share = 1 / (1 + a), torch.linspace(1e-4, 0.4, 200, dtype=torch.float64)
+    loss, stopped, through = dsr_slopes(share, a)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 5.2), sharex=True, layout="constrained")
+    top.plot(100 * share, loss, color=COLOURS[6])
+    top.set_title("DSR loss ‖z − target‖²", loc="left")
+    top.set(ylim=(0, 1), yticks=[0, 0.5, 1])
+    top.text(100 * peak, 0.9, f"peak at 1/(1 + a) = {100 * peak:.0f} %", fontsize=12)
+    ends = zip((stopped, through), COLOURS, (0.07, 0.14), ("with stopgrad", "without"))
+    for values, colour, below, label in ends:
+        bottom.plot(100 * share, values, color=colour)
+        bottom.text(40, values[-1] - below, label, color=colour, ha="right", va="top", fontsize=12)
+    bottom.axhline(0, color="black", linewidth=1)
+    bottom.set_title("change of the own share in a small step", loc="left")
+    bottom.set(xlabel="own share of z, %", xlim=(0, 40), xticks=range(0, 41, 10), yticks=[0])
+    bottom.text(100 * peak + 1, -0.75, "← without: away from\n    its own dimensions", fontsize=12)
+    for axis in (top, bottom):
+        axis.axvspan(0, 100 * peak, color=COLOURS[1], alpha=0.14, linewidth=0)
     return figure
 
 

@@ -23,7 +23,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
-from diagrams import COLOURS, STYLE, dots, legend, pipeline, scales, sphere, views  # noqa: E402
+from diagrams import (  # noqa: E402
+    COLOURS,
+    STYLE,
+    dots,
+    legend,
+    pipeline,
+    scales,
+    sphere,
+    stopgrad,
+    views,
+)
 from study import cell, differences, interval  # noqa: E402
 from study import read as read_scores  # noqa: E402
 
@@ -307,6 +317,7 @@ def draw_all(plt, args):
     yield "sphere.svg", sphere(plt)
     yield "pipeline.svg", pipeline(plt)
     yield "d_k.svg", scales(plt)
+    yield "stopgrad.svg", stopgrad(plt)
     yield "views.png", views(plt)
     if curve:
         yield "first_run.svg", curve

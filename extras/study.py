@@ -243,11 +243,12 @@ def crosswise(lines, heading, minus=None):
 def tables(lines):
     """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row.
 
-    Lines of extras/separation.py -> those of `crosswise`.
+    Lines of extras/separation.py -> those of `crosswise`, of z.
     """
     parts, lines = [], list(lines)
     if lines and "variant" in json.loads(lines[0]):
-        return "\n\n".join(crosswise(map(json.loads, lines), heading) for heading in CROSSWISE)
+        of_z = [heading for heading, (_, space) in CROSSWISE.items() if space == "z"]
+        return "\n\n".join(crosswise(map(json.loads, lines), heading) for heading in of_z)
     for data_set, rows in read(lines).items():
         where = f", transfer to {data_set}" if data_set else ""
         parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]

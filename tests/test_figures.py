@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "extras"))
 
+import diagrams
 import figures
 import study
 
@@ -17,7 +19,7 @@ from data import draw_patterns
 
 SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
-METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "views.png"]
+METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "stopgrad.svg", "views.png"]
 STUDY = ["scores_rounds.svg", "scores_trade_off.svg", "split.svg"]
 FIRST = ["first_run.jsonl", "first_run.svg"]
 
@@ -108,6 +110,25 @@ def test_the_forest_needs_nothing_but_the_records(tmp_path, capsys):
 def test_numbers_are_rounded_where_they_are_long():
     shortened = figures.shorten('x="123.456789" y="7.5" opacity="0.1449" points="1.5 100.25"')
     assert shortened == 'x="123.5" y="7.5" opacity="0.14" points="1.5 100.2"'
+
+
+@pytest.mark.parametrize("a", [2.0, 10.0, 100.0])
+def test_without_stopgrad_dsr_drives_small_own_shares_to_zero(a):
+    """The loss peaks at 1 / (1 + a): below, its descent leaves the client's dimensions."""
+    share = torch.linspace(1e-4, 1 - 1e-4, 100_001, dtype=torch.float64)
+    loss, stopped, through = diagrams.dsr_slopes(share, a)
+    cosine = (a * share + 1 - share) / (a**2 * share + 1 - share).sqrt()
+    assert torch.allclose(loss, 2 - 2 * cosine, atol=1e-12)
+    peak = share[loss.argmax()].item()
+    assert peak == pytest.approx(1 / (1 + a), abs=2e-5)
+    assert through[share < peak - 1e-4].max() < 0 < through[share > peak + 1e-4].min()
+    assert stopped.min() > 0  # with stopgrad every point comes nearer
+    # ds/dt of both by hand: 4 s (1 - s) (a - 1) / n and 8 s (1 - s) d cosine / ds
+    n, slope = (a**2 * share + 1 - share).sqrt(), torch.gradient(cosine, spacing=(share,))[0]
+    middle = (share > 0.01) & (share < 0.99)
+    assert torch.allclose(stopped, 4 * share * (1 - share) * (a - 1) / n, atol=1e-12)
+    by_hand = (8 * share * (1 - share) * slope)[middle]
+    assert torch.allclose(through[middle], by_hand, atol=1e-3)
 
 
 def test_a_band_is_mean_and_spread():
