@@ -313,7 +313,7 @@ def augment(images, params):
 def unit_range(images):
     """uint8 (n, 3, H, W) -> float32 in [0, 1]; ValueError for others: they may be there already."""
     if images.dtype != torch.uint8 or images.shape[1:2] != (3,):
-        what = f"{images.dtype} {tuple(images.shape)}"
+        what = f"{images.dtype} (n, {', '.join(map(str, images.shape[1:]))})"
         raise ValueError(f"images must be uint8 (n, 3, H, W), in 0 to 255, got {what}")
     return images.float() / 255
 

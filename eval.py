@@ -1,8 +1,7 @@
 """How good is a representation? Measures on frozen features, and a script that takes a checkpoint.
 
 A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
-The measures need torch alone; fine_tune, evaluate and the script also data.py and model.py.
-In another project:
+Measures need torch alone; fine_tune, evaluate, the script also data.py and model.py. Elsewhere:
 
     >>> y = torch.arange(10).repeat(20)     # your labels
     >>> h = torch.eye(10)[y]                # your features
@@ -123,8 +122,8 @@ def uniformity_parts(h, client, t=2.0):
     The paper prints a leading minus, which does not fit its own tables; they show -total.
     """
     if h.ndim != 2 or len(h) < 2 or client.shape != h.shape[:1]:
-        got = f"got {tuple(h.shape)} and {tuple(client.shape)}"
-        raise ValueError(f"uniformity needs h (N, D), N >= 2, and a client id a row, {got}")
+        got = f"got {tuple(h.shape)}, {tuple(client.shape)}"
+        raise ValueError(f"uniformity needs h (N, D), N >= 2, and client ids (N,), {got}")
     z, member = F.normalize(h.float(), dim=1), F.one_hot(client.long()).float()
     sums = 0
     for rows in torch.arange(len(z), device=z.device).split(1000):
@@ -164,7 +163,8 @@ def effective_rank(h):
 def encode(model, images, amp=False):
     """Frozen features h, u (N, D), float32, of images (N, 3, H, W), uint8 or float in [0, 1].
 
-    A model that returns h alone has no projector: u is h. amp: bfloat16 autocast.
+    A model that returns h alone has no projector: u is h. BatchNorm uses its running statistics;
+    amp: bfloat16 autocast.
     """
     device = next(model.parameters()).device
     was_training, features = model.training, []

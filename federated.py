@@ -2,9 +2,8 @@
 
     w <- sum_k n_k w_k / sum_k n_k        over the clients k that took part, n_k their samples
 
-Loss, choice of clients and rule of averaging are arguments. One worker model and one optimiser
-serve every client in turn, so memory does not grow with their number. A client sends its weights,
-its sample count and, to be shown, its loss terms.
+One worker model and one optimiser serve every client in turn, so memory does not grow with their
+number. A client sends its weights, its sample count and, to be shown, its loss terms.
 Needs torch; copies into another project as it is. There, with labels:
 
     >>> x, y, net = torch.randn(40, 3), torch.arange(40) % 2, torch.nn.Linear(3, 2)
@@ -22,7 +21,7 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # early: imported in a process group, it keeps that alive at exit
+import torch.distributed.nn  # here: first imported in a process group it aborts at exit
 
 
 def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=None, **options):
@@ -38,23 +37,12 @@ def train_federated(model, optimizer, samples, split, loss, rounds, start=0, lr=
 
 
 def federated_round(
-    model,
-    optimizer,
-    samples,
-    split,
-    loss,
-    r,
-    *,
-    participation=1.0,
-    local_epochs=5,
-    batch_size=128,
-    seed=0,
-    choose=None,
-    average=None,
-    progress=None,
-):
+    model, optimizer, samples, split, loss, r, *, participation=1.0, local_epochs=5, batch_size=128,
+    seed=0, choose=None, average=None, progress=None,
+):  # fmt: skip
     """Round r; the model, which plays every client, holds the global weights before and after.
 
+    optimizer         the model's; its state is cleared for every client
     samples (N, ...)  of all clients, on the model's device: images, or torch.arange(N), by which
                       the loss looks up what it needs: images and labels, texts
     split             split[k]: indices of client k's samples
@@ -75,6 +63,8 @@ def federated_round(
     # 1. Choose: the server draws this round's clients; the processes share them, largest first.
     draw = len(split), participation, keyed_generator(seed, "clients", r)
     clients = [int(k) for k in (choose(*draw, r) if choose else choose_clients(*draw))]
+    if not clients or len({*clients} & {*range(len(split))}) < len(clients):
+        raise ValueError(f"choose gave {clients}: distinct ids below {len(split)}, at least one")
     share = sorted(clients, key=lambda k: -len(split[k]))[rank::world]
     mine = [k for k in clients if k in share]
     global_state = copy_state(model)
@@ -107,17 +97,18 @@ def federated_round(
     weights = [len(split[k]) for k in kept]
     if not kept:
         model.load_state_dict(global_state)
-        raise FloatingPointError(f"no client of round {r + 1} has a finite loss: lower the rate")
-    if average:
-        new_state = average(states, weights, global_state, r, kept)
-    else:
-        for value in total.values() if world > 1 else ():
-            dist.all_reduce(value)
-        new_state = mean_of(total, sum(weights), global_state)
-    model.load_state_dict(new_state)
+        raise FloatingPointError(f"no client of round {r + 1} has a finite loss and weights")
     names = reports[kept[0]].keys()
     if odd := [k for k in kept if reports[k].keys() != names]:
         raise ValueError(f"client {odd[0]} reports {[*reports[odd[0]]]}, others {[*names]}")
+    if average:
+        new_state = average(states, weights, global_state, r, kept)
+    else:
+        if world > 1:
+            for value in total.values():
+                dist.all_reduce(value)
+        new_state = mean_of(total, sum(weights), global_state)
+    model.load_state_dict(new_state)
     sums = {name: sum(n * reports[k][name] for k, n in zip(kept, weights)) for name in names}
     terms = {name: value / sum(weights) for name, value in sums.items()}
     return {"clients": clients, "left_out": [k for k in clients if not reports[k]], "terms": terms}
@@ -131,10 +122,13 @@ def train_client(
     An epoch's last batch, not full, is dropped: the loss depends on the size. A client with fewer
     than batch_size samples takes one step an epoch on all it has.
     """
+    index = torch.as_tensor(index)
+    if index.dtype in (torch.bool, torch.uint8) or not len(index):
+        raise ValueError(f"client {k} needs int64 indices, got {len(index)} of {index.dtype}")
     model.train()
     sums, steps = {}, 0
     for _ in range(epochs):
-        order = torch.as_tensor(index)[torch.randperm(len(index), generator=generator)]
+        order = index[torch.randperm(len(index), generator=generator)]
         order = order.to(samples.device, non_blocking=True)
         for i in range(max(1, len(order) // batch_size)):
             batch = samples[order[i * batch_size : (i + 1) * batch_size]]
@@ -142,7 +136,7 @@ def train_client(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            for name, term in {"loss": value.detach(), **terms}.items():
+            for name, term in {**terms, "loss": value.detach()}.items():
                 sums[name] = sums.get(name, 0) + term  # on the device, which nobody waits for
             steps += 1
     return {name: float(total) / steps for name, total in sums.items()}
@@ -164,7 +158,7 @@ def average_states(states, weights):
     averaged like weights, integers (its counters) rounded.
     """
     total, weight_sum = {}, 0
-    for state, weight in zip(states, weights, strict=True):
+    for state, weight in zip(states, map(float, weights), strict=True):
         if not 0 <= weight < math.inf:
             raise ValueError(f"average_states needs finite weights >= 0, got {weight}")
         add_to(total, state, weight)
@@ -183,16 +177,13 @@ def add_to(total, state, weight):
     if odd := entries[0] ^ entries[1]:
         raise ValueError("states of different networks: not all have {} {}".format(*min(odd)))
     for name, value in state.items():
-        total[name].add_(value, alpha=float(weight))
+        total[name].add_(value.detach(), alpha=weight)
 
 
 def mean_of(total, weight, like):
     """total / weight with like's dtypes: in float64 equal float32 states average to that state."""
-    means = {name: value / weight for name, value in total.items()}
-    return {
-        name: (means[name] if value.is_floating_point() else means[name].round()).to(value.dtype)
-        for name, value in like.items()
-    }
+    means = ((name, total[name] / weight, value) for name, value in like.items())
+    return {n: (m if v.is_floating_point() else m.round()).to(v.dtype) for n, m, v in means}
 
 
 def copy_state(model):
@@ -201,7 +192,7 @@ def copy_state(model):
 
 
 def keyed_generator(*key):
-    """A CPU generator that depends on its key alone, such as (seed, "client", r, k)."""
+    """A CPU generator that depends on its key of ints and strings alone: (seed, "client", r, k)."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 

@@ -61,7 +61,7 @@ def scaling_vectors(num_clients, dim, scale=10.0, seed=0):
     """
     if num_clients < 1 or dim < 1 or not 0 < scale < math.inf:
         got = f"got {num_clients}, {dim}, {scale}"
-        raise ValueError(f"needs num_clients >= 1, dim >= 1 and a finite scale > 0, {got}")
+        raise ValueError(f"scaling_vectors needs sizes >= 1 and a finite scale > 0, {got}")
     if num_clients > dim:
         warnings.warn(f"{num_clients} clients share {dim} dimensions, not disjoint", stacklevel=2)
     d, own = torch.ones(num_clients, dim), max(1, dim // num_clients)
@@ -104,7 +104,10 @@ def distill_loss(h, u, temperature=1.0):
 
 
 def hard_separation(u, d_k):
-    """Hard separation (HSD, the paper's ablation): u (B, D), unit rows on d_k's own dimensions."""
+    """Hard separation (HSD, the paper's ablation): u (B, D), unit rows on d_k's own dimensions.
+
+    Where d_k is 1 everywhere the rows are zero: to look for that would wait for the device.
+    """
     if u.ndim != 2 or d_k.shape != u.shape[1:]:
         raise ValueError(f"hard_separation needs u (B, D) and d_k (D,), got {_shapes(u, d_k)}")
     return F.normalize(u * (d_k != 1), dim=1)
@@ -120,7 +123,7 @@ def ssd_loss(h1, u1, h2, u2, d_k, beta=1.0, gamma=1.0, delta=0.1, hard=False):
     h1, h2 (B, D) representations, u1, u2 (B, D) raw projector outputs, d_k (D,), all on one device.
     uniform, dsr, distill: means over the views, reported also at weight 0, but for distill where h
     and u differ in width. FedAlignUniform is gamma = delta = 0; hard=True: `hard_separation` for z.
-    The weights are the paper's; its authors' DSR is one norm / B: like gamma 0.05 here at B = 128.
+    The weights are the paper's; its authors' code has a norm / B, about gamma 0.05 at B = 128.
     """
     h1, u1, h2, u2 = (v if v.dtype == torch.float64 else v.float() for v in (h1, u1, h2, u2))
     z1, z2 = (hard_separation(u, d_k) if hard else F.normalize(u, dim=1) for u in (u1, u2))
@@ -156,14 +159,15 @@ def main():
     east, north, west = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).split(1)
     for name, other in (("at a right angle", north), ("opposite", west)):
         align, uniform = align_loss(east, other), uniform_loss(torch.cat([east, other]))
-        print(f"two points {name}: align {align:.0f}, the squared distance; ", end="")
-        print(f"uniform {uniform:.0f}, -t times it")
+        print(
+            f"two points {name}: align {align:.0f}, distance^2; uniform {uniform:.0f}, -t times it"
+        )
     dsr = dsr_loss(torch.tensor([[0.6, 0.8]]), torch.tensor([10.0, 1.0]))
-    print("z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132); ", end="")
+    print("z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132)")
     print(f"dsr {dsr:.3f} = 0.391^2 + 0.668^2")
     distill = distill_loss(torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2))
-    print(f"softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2): distill {distill:.3f} ", end="")
-    print("= 3/4 log 3/2 + 1/4 log 1/2")
+    print("softmax(h) (3/4, 1/4), softmax(u) (1/2, 1/2)")
+    print(f"distill {distill:.3f} = 3/4 log 3/2 + 1/4 log 1/2")
     print("\ntwo clients, 200 points each on the unit sphere in 3-D, moved by DSR alone")
     for k, d_k in enumerate(scaling_vectors(num_clients=2, dim=3)):
         print(f"d_{k} = {d_k.tolist()}")

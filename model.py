@@ -61,7 +61,7 @@ def resnet18(width=64):
         shortcut = None
         if stride > 1:
             # Below 16 channels the pixels are taken before the convolution: in one, channels-last,
-            # oneDNN writes its weights' gradient past the buffer (oneDNN issue 6035).
+            # oneDNN writes its gradient past a buffer (torch 2.6 to 2.14, oneDNN's issue 6035).
             narrow = inputs < 16
             conv = conv1x1(inputs, outputs, 1 if narrow else stride)
             parts = OrderedDict(pixels=nn.AvgPool2d(1, stride)) if narrow else OrderedDict()
@@ -91,7 +91,7 @@ def resnet18(width=64):
 def load_checkpoint(path):
     """A checkpoint of train.py -> its dict, and its network on the CPU, in evaluation mode.
 
-    No code in it is run; parts besides encoder and projector are left aside. Else ValueError.
+    No code in it is run; parts besides encoder and projector are left aside. ValueError else.
     """
     try:
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -101,7 +101,7 @@ def load_checkpoint(path):
         own = {n: v for n, v in state.items() if n.startswith(("encoder.", "projector."))}
         net.load_state_dict(own, assign=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        reason = " ".join((str(error) or type(error).__name__).split())[:120]
         raise ValueError(f"{path} is not a checkpoint of this train.py ({reason})") from error
     return checkpoint, net.eval().to(memory_format=torch.channels_last)
 

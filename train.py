@@ -1,9 +1,9 @@
 r"""Train SSD, or one of its ablations, on K simulated clients: from data to checkpoint.
 
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
-    python train.py --dataset patterns --width 16 --clients 5 --alpha 1 --rounds 10 \
-        --local-epochs 1 --batch-size 64 --lr 0.03       # no download, two to three minutes
-    python train.py --resume runs/NAME/last.pt           # flags beside it replace the run's
+    python train.py --dataset patterns --width 8 --clients 3 --alpha 1 --rounds 12 \
+        --local-epochs 2 --batch-size 32 --lr 0.05       # no download, three minutes on two cores
+    python train.py --resume runs/NAME/last.pt           # goes on; --rounds, --lr ... may change
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
 
 Read `main` first, at the end. A run writes runs/NAME/: config.json (flags, versions, device),
@@ -42,8 +42,10 @@ METHODS = {
     "ssd": {"gamma": 1.0, "delta": 0.1},
     "hsd": {"gamma": 0.0, "delta": 0.0},
 }
-# What a run is: flags beside --resume may change all else.
-RUN = "method dataset limit clients alpha split_file seed width projector out".split()
+# What a run is: flags beside --resume may change the others.
+RUN = (
+    "method dataset limit clients alpha split_file seed width projector out beta gamma delta scale"
+)
 MONITOR_TRAIN, MONITOR_TEST = 2000, 1000  # images of each round's kNN; eval.py takes all
 TERMINAL = sys.stdout.isatty()
 CLEAR = "\r\033[K" if TERMINAL else ""  # wipes the line that shows who trains
@@ -99,7 +101,7 @@ def build_parser(methods=METHODS):
     add("--amp", action=switch, help="bfloat16 (where it is fast)")
     add("--compile", action=switch, default=False, help="torch.compile, CUDA graphs (%(default)s)")
     add("--out", help="run folder (a new one under runs/)")
-    add("--resume", metavar="LAST_PT", help="go on with a run; a flag beside it replaces the run's")
+    add("--resume", metavar="LAST_PT", help="go on with a run; beside it --rounds, --lr ... hold")
     return parser
 # fmt: on
 
@@ -114,9 +116,9 @@ def read_config(parser, argv=None, methods=METHODS):
             raise ValueError(f"{path} is another script's: {parser.prog} has no {min(odd)}")
         parser.set_defaults(**{**saved, "device": "auto"})
         config = vars(parser.parse_args(argv))
-        if odd := [name for name in RUN if config[name] != saved[name]]:
+        if odd := [name for name in RUN.split() if config[name] != saved[name]]:
             flag, value = f"--{odd[0].replace('_', '-')} {config[odd[0]]}", saved[odd[0]]
-            raise ValueError(f"{flag}: the run of {path} has {value}, start one of your own")
+            raise ValueError(f"{flag}: {path} has {value}, leave it out or start a new run")
     if config["method"] not in methods:  # argparse does not check a default
         raise ValueError(f"--method {config['method']}: {parser.prog} does not have it")
     for name, value in methods[config["method"]].items():
@@ -193,7 +195,8 @@ def open_run(config, split, model):
     record["device_name"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     record["versions"] = {m.__name__: m.__version__ for m in (np, torch, torchvision)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(record, indent=1))
+    with (folder / "config.json").open("x") as file:  # of two runs at once one gets the folder
+        json.dump(record, file, indent=1)
     (folder / "split.json").write_text(json.dumps({k: p.tolist() for k, p in enumerate(split)}))
     save_checkpoint(folder, config, split, model, [])
     return folder
@@ -237,15 +240,17 @@ def make_progress(config, split, history):
 def leave(error, folder, prog):
     """End with one line, why and how to go on, and an exit status; raise a fault of the code."""
     text = (str(error).strip() or "stopped").splitlines()[0]
-    status = {KeyboardInterrupt: 130}.get(type(error), 1 if folder else 2)  # 2: a user's mistake
-    ours = (KeyboardInterrupt, FloatingPointError, OSError, dist.DistError, torch.OutOfMemoryError)
-    theirs = ("can't allocate memory", "/gloo/", "Compiler")  # RuntimeErrors, by their text
+    status = 130 if isinstance(error, KeyboardInterrupt) else 1 if folder else 2  # a mistake
+    ours = KeyboardInterrupt, FloatingPointError, OSError, MemoryError, dist.DistError
+    theirs = ("allocate memory", "out of memory", "/gloo/", "Compiler")  # RuntimeErrors, by text
     known = isinstance(error, ours) or any(words in text for words in theirs)
     if not (known or status == 2 and isinstance(error, ValueError)):
         raise error
     go_on = f"; go on with: python {prog} --resume {folder}/last.pt" if folder else ""
-    go_on += " --no-compile" * ("Compiler" in text)
-    if not processes()[0] or isinstance(error, OSError):  # one process speaks
+    hints = {"memory": " --batch-size N", "finite": " --lr X", "Compiler": " --no-compile"}
+    go_on += next((hint for word, hint in hints.items() if word in text and folder), "")
+    echo = isinstance(error, (KeyboardInterrupt, FloatingPointError, dist.DistError))
+    if not (processes()[0] and (echo or "/gloo/" in text)):  # the first, or who has the cause
         print(f"{CLEAR}{prog}: {text}{go_on}", file=sys.stderr, flush=True)
     os._exit(status) if dist.is_initialized() else sys.exit(status)  # no waiting for the others
 
@@ -253,9 +258,8 @@ def leave(error, folder, prog):
 def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_options=None):
     """Flags -> data -> split -> network -> loss -> the loop over rounds -> run folder.
 
-    A script of one's own hands over what differs: flags, rows beside METHODS, network, and
-    make_options, (config, images, split) -> keyword arguments of `federated.train_federated`, such
-    as its loss; extras/baselines.py does.
+    A script of one's own, as extras/baselines.py, hands over flags, rows beside METHODS, network,
+    make_options: (config, images, split) -> `federated.train_federated`'s keywords, as its loss.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
@@ -266,7 +270,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
         rank, world = processes()
         if rank:  # the first process speaks, and checks everything before the others begin
             sys.stdout = None
-            gather({})  # waits for all
+            told = gather({})  # waits for the first
         config, checkpoint = read_config(parser, argv, methods)
         device = pick_device(config["device"])
         if config["amp"] is None:  # bfloat16 from Ampere on; a CPU computes in float32
@@ -279,7 +283,8 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
         model = make_model(config).to(device, memory_format=torch.channels_last)
         if checkpoint and checkpoint["model"].keys() != model.state_dict().keys():
             raise ValueError(f"{config['resume']} is not of --method {config['method']}")
-        model.load_state_dict(checkpoint["model"] if checkpoint else model.state_dict())
+        if checkpoint:
+            model.load_state_dict(checkpoint["model"])
         history = checkpoint["history"] if checkpoint else []
         sgd = {name: config[name] for name in ("lr", "momentum", "weight_decay")}
         optimizer = torch.optim.SGD(model.parameters(), **sgd, fused=device.type == "cuda")
@@ -297,8 +302,8 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
         monitor = make_monitor(config, data, split)
         if not rank:
             folder = Path(config["out"]) if checkpoint else open_run(config, split, model)
-            gather({})  # now the others begin
-        folder = folder or Path("runs")  # not None: training has begun
+            told = gather({"folder": folder})  # now the others begin
+        folder = told["folder"]
         sizes = sorted(len(part) for part in split)
         text = f"{sum(sizes):,} images, {len(split)} clients with {sizes[0]:,} to {sizes[-1]:,}, "
         text += f"{device}, " + ("bfloat16" if config["amp"] else "float32")
@@ -328,7 +333,7 @@ def main(argv=None, parser=None, methods=METHODS, make_model=make_model, make_op
             )
             print(f"run folder {folder}/: config.json, split.json, metrics.jsonl, last.pt")
             print(f"next: python eval.py {folder}/last.pt, or --resume {folder}/last.pt --rounds N")
-    except (KeyboardInterrupt, ValueError, ArithmeticError, OSError, RuntimeError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         leave(error, folder, parser.prog)
     if dist.is_initialized():
         dist.destroy_process_group()

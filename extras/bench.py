@@ -67,12 +67,10 @@ class TwoViewDataset(torch.utils.data.Dataset):
 class Row:
     """One configuration of the step, with a network and an optimiser of its own."""
 
-    def __init__(
-        self, name, args, device, *, loader=False, nchw=False, sync=True, views=True,
-        benchmark=False, **config,
-    ):  # fmt: skip
+    def __init__(self, name, args, device, *, loader=False, nchw=False, **config):
         torch.manual_seed(0)
-        self.benchmark = benchmark
+        self.benchmark, views = config.pop("benchmark", False), config.pop("views", True)
+        sync = config.pop("sync", True)
         self.name, self.device, self.loader, self.size = name, device, loader, args.batch_size
         layout = torch.contiguous_format if nchw else torch.channels_last
         self.net = SSDNet(args.width).to(device, memory_format=layout)

@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -428,12 +429,31 @@ def test_the_choice_knows_its_round_and_may_be_a_tensor():
     assert all(type(k) is int for report in reports for k in report["clients"])
 
 
+@pytest.mark.parametrize("clients", [[0, 0], [0, -2], [5], []])
+def test_a_choice_of_no_distinct_clients_is_a_value_error(clients):
+    with pytest.raises(ValueError, match="choose gave"):
+        run(small_net(), 1, choose=lambda *_: clients)
+
+
+@pytest.mark.parametrize("index", [torch.arange(60) < 30, torch.arange(9).byte(), []])
+def test_a_mask_or_nothing_for_a_clients_indices_is_a_value_error(index):
+    with pytest.raises(ValueError, match="client 1 needs int64 indices"):
+        run(small_net(), 1, split=[range(10), index])
+
+
+def test_small_integers_are_weights_too_and_no_graph_is_kept():
+    states = [{"w": torch.ones(1, requires_grad=True)}, {"w": torch.zeros(1)}]
+    average = average_states(states, np.array([200, 200], dtype=np.uint8))["w"]
+    assert average == 0.5 and not average.requires_grad
+
+
 def test_clients_that_report_other_terms_are_named():
     def loss(model, batch, k, generator, global_state):
         return model(batch).square().mean(), {"a" if k < 2 else "b": torch.tensor(1.0)}
 
+    net = small_net()
     with pytest.raises(ValueError, match="client 2 reports.*'b'.*'a'"):
-        run(small_net(), 1, loss=loss)
+        run(net, 1, loss=loss)
 
 
 def test_fedbn_keeps_every_clients_batchnorm_in_a_dozen_lines():
