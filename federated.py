@@ -136,7 +136,7 @@ def train_client(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            for name, term in {**terms, "loss": value.detach()}.items():
+            for name, term in ({"loss": 0, **terms} | {"loss": value.detach()}).items():
                 sums[name] = sums.get(name, 0) + term  # on the device, which nobody waits for
             steps += 1
     return {name: float(total) / steps for name, total in sums.items()}

@@ -1,7 +1,7 @@
 r"""Train SSD, or one of its ablations, on K simulated clients: from data to checkpoint.
 
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
-    python train.py --dataset patterns --width 8 --clients 3 --alpha 1 --rounds 12 \
+    python train.py --dataset patterns --width 8 --clients 3 --alpha 1 --rounds 8 \
         --local-epochs 2 --batch-size 32 --lr 0.05       # no download, three minutes on two cores
     python train.py --resume runs/NAME/last.pt           # goes on; --rounds, --lr ... may change
     torchrun --nproc-per-node 4 train.py --clients 10    # clients shared out over processes
