@@ -1,8 +1,8 @@
 """Train and evaluate methods with several seeds each; print scores, differences, 95 % intervals.
 
     python extras/study.py runs/first --rows fedalignuniform ssd "dsr --no-projector" --seeds 0 1 \
-        -- --dataset patterns --width 16 --clients 5 --alpha 1 --rounds 10 --local-epochs 1 \
-           --batch-size 64 --lr 0.03
+        -- --dataset patterns --width 8 --clients 3 --alpha 1 --rounds 8 --local-epochs 2 \
+           --batch-size 32 --lr 0.05
     python extras/study.py extras/RESULTS.md    # writes its tables anew from assets/*.jsonl
 
 A row is a method of train.py or of a script in extras/ and, if need be, more of its flags; what
