@@ -50,7 +50,8 @@ def check(text):
     assert "every weight and statistic equal, bit by bit: True" in text
     shares = {}
     for name, line in re.findall(r"(\w+): own share untrained 33 %, then (.*)", text):
-        assert re.findall(r"average (\d+) %", line) == ["33"] * 3  # chance: 21 of 64
+        averages = [int(share) for share in re.findall(r"average (\d+) %", line)]
+        assert len(averages) == 3 and all(30 <= share <= 36 for share in averages)  # chance: 33
         shares[name] = [int(share) for share in re.findall(r"local (\d+) %", line)]
     assert [len(rounds) for rounds in shares.values()] == [3, 3]
     assert max(shares["FedAlignUniform"]) < 50 < 60 < min(shares["SSD"])
