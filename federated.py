@@ -65,8 +65,8 @@ def federated_round(
     clients = [int(k) for k in (choose(*draw, r) if choose else choose_clients(*draw))]
     if not clients or len({*clients} & {*range(len(split))}) < len(clients):
         raise ValueError(f"choose gave {clients}: distinct ids below {len(split)}, at least one")
-    share = sorted(clients, key=lambda k: -len(split[k]))[rank::world]
-    mine = [k for k in clients if k in share]
+    largest_first = sorted((-len(split[k]), k) for k in clients)
+    mine = [k for k in clients if (-len(split[k]), k) in largest_first[rank::world]]
     global_state = copy_state(model)
     total, states, reports = {}, [], {}
     add_to(total, global_state, weight=0)
