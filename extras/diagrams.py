@@ -111,7 +111,7 @@ def pipeline(plt):
     note(106, 276, "two views")
     note(486, 240, "÷ ||u||")
     axis.plot([552, 568, 568, 552], [225, 225, 155, 155], color="#444444", linewidth=1.6)
-    box(622, 252, 268, 46, "target = z * d_k, on the sphere", red, "#fbe9dd", 12.5)
+    box(622, 252, 268, 46, "target: z * d_k, normalised", red, "#fbe9dd", 12.5)
     losses = {"L_DSR: z near its target": 176, "L_align: z1 near z2": 100}
     losses["L_uniform: images spread"] = 24
     arrow((568, 190), (621, 275), line=":")
@@ -121,7 +121,7 @@ def pipeline(plt):
     arrow((660, 252), (660, 223), line=":")
     axis.plot([646, 674], [238, 238], color=red, linewidth=4)
     note(684, 238, "the gradient stops here", red, "left")
-    box(240, 24, 226, 46, "L_distill: softmax(h)\nnear softmax(u)", green, "#e2f2ec")
+    box(210, 24, 286, 46, "L_distill:\nKL( softmax(h) ‖ softmax(u) )", green, "#e2f2ec")
     for x in (270, 436):
         arrow((x, 138), (x, 71))
     return figure

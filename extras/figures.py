@@ -96,7 +96,7 @@ def first_run(plt, lines):
     last = min(len(run) for seeds in runs.values() for run in seeds.values())
     for colour, (method, seeds) in zip(COLOURS, runs.items()):
         short = np.array([run[1:last] for run in seeds.values()])
-        band(left, range(1, last), short, color=colour, label=f"{method}, {len(seeds)} seeds")
+        band(left, range(1, last), short, color=colour, label=method)
         long = max(seeds.values(), key=len)
         right.plot(range(1, len(long)), long[1:], color=colour)
     untrained = np.mean([run[0] for seeds in runs.values() for run in seeds.values()])
@@ -104,8 +104,8 @@ def first_run(plt, lines):
         label = {"label": "untrained encoder"} if axis is left else {}
         axis.axhline(untrained, color=COLOURS[7], linestyle="--", **label)
         axis.set_xlabel("round")
-    left.set_title("kNN %, 20 of 2,000 images (↑ better)")
-    right.set_title("the same, one seed, more rounds")
+    left.set_title(f"kNN %, {len(seeds)} seeds: mean and ± std")
+    right.set_title("one seed, more rounds")
     legend(figure, left)
     figure.tight_layout()
     return figure

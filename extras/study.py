@@ -220,7 +220,7 @@ def read(lines):
 def crosswise(lines, heading, minus=None):
     """Markdown of a value of extras/separation.py's lines, a column a row, mean ± std over seeds.
 
-    minus: a row; then of the differences to it, with their 95 % interval.
+    minus: a row; then its mean, and of the differences to it, with their 95 % interval.
     """
     (key, space), found = CROSSWISE[heading], {}
     lines = [line for line in lines if line["space"] == space and key in line]
@@ -228,27 +228,21 @@ def crosswise(lines, heading, minus=None):
         rows = found.setdefault(f"round {line['round']}, {line['variant']}", {})
         rows.setdefault(line["row"], {})[line["seed"]] = line[key]
     columns = [row for row in dict.fromkeys(line["row"] for line in lines) if row != minus]
-    text = [[heading + f", minus {minus}" * bool(minus), *columns]]
+    text = [[heading + f", minus {minus}" * bool(minus), *["itself"] * bool(minus), *columns]]
     text.append(["---"] * len(text[0]))
     for name, rows in found.items():
-        text.append([name])
+        own = rows.get(minus, {})
+        text.append([name, *[cell([*own.values()], 3, False).split()[0]] * bool(minus)])
         for runs in (rows.get(row, {}) for row in columns):
             if minus:
-                others = rows.get(minus, {})
-                runs = {seed: runs[seed] - others[seed] for seed in runs if seed in others}
-            text[-1].append(cell(list(runs.values()), 3, bool(minus)))
+                runs = {seed: runs[seed] - own[seed] for seed in runs if seed in own}
+            text[-1].append(cell([*runs.values()], 3, bool(minus)))
     return "\n".join(f"| {' | '.join(line)} |" for line in text)
 
 
 def tables(lines):
-    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row.
-
-    Lines of extras/separation.py -> those of `crosswise`, of z.
-    """
-    parts, lines = [], list(lines)
-    if lines and "variant" in json.loads(lines[0]):
-        of_z = [heading for heading, (_, space) in CROSSWISE.items() if space == "z"]
-        return "\n\n".join(crosswise(map(json.loads, lines), heading) for heading in of_z)
+    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
+    parts = []
     for data_set, rows in read(lines).items():
         where = f", transfer to {data_set}" if data_set else ""
         parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]
@@ -262,13 +256,15 @@ def renew(page):
 
     KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
     of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
-    crosswise: a file of extras/separation.py.
+    crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py.
     """
 
     def fill(block):
         (kind, files), found, own = block.groups(), {}, {}
         if kind == "crosswise":
-            return f"<!-- {kind}: {files} -->\n\n{tables((ROOT / files).open())}\n\n<!-- end -->"
+            lines = [json.loads(line) for line in (ROOT / files).open()]
+            made = crosswise(lines, next(iter(CROSSWISE)), lines[0]["row"])
+            return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"
         row, _, asked = kind.partition(" minus ")
         for names in files.split(", "):
             studies = [read((ROOT / name).read_text().splitlines()) for name in names.split()]

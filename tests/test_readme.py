@@ -304,6 +304,18 @@ def test_what_results_says_beside_its_tables():
     assert "in rounds 2 to 5 of every seed on the H200, and in none from round 7 on" in page
 
 
+def test_what_results_says_of_the_first_run():
+    runs = {}
+    for line in map(json.loads, (ROOT / "assets/first_run.jsonl").open()):
+        runs.setdefault(line["method"], {}).setdefault(line["seed"], []).append(line["knn"])
+    ssd, base = (
+        study.cell([run[8] for run in runs[m].values()], 1, False) for m in sorted(runs)[::-1]
+    )
+    page = " ".join(RESULTS.split())
+    assert f"After 8 rounds SSD's kNN is {ssd} % (mean ± std), the baseline's {base} %." in page
+    assert f"67.5 % instead of {runs['ssd'][0][8]:.1f} %" in page and "kNN 67.5 %" in README
+
+
 def test_the_readmes_claims_are_those_of_their_runs():
     """A claim's number: row, what is subtracted, column, digits, the paper's sign."""
     base, lp = "fedalignuniform", ("LP %", 2)

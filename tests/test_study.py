@@ -246,16 +246,16 @@ def test_the_tables_of_who_sees_what_by_hand():
         for space in "hz"
     ]
     lines.append({**lines[1], "round": 2, "inter": -0.5})  # a, seed 0, z
-    assert study.tables(map(json.dumps, lines)).split("\n\n")[0].splitlines() == [
+    assert study.crosswise(lines, "inter-client −L_uniform of z").splitlines() == [
         "| inter-client −L_uniform of z | a | b | c |",
         "| --- | --- | --- | --- |",
         "| round 2, own | −0.500 | – | – |",
         "| round 20, own | 1.667 ± 1.155 | 2.333 ± 1.528 | 9.000 |",
     ]
     assert study.crosswise(lines, "inter-client −L_uniform of h", "a").splitlines() == [
-        "| inter-client −L_uniform of h, minus a | b | c |",
-        "| --- | --- | --- |",
-        "| round 20, own | +0.667 (−5.585 to +6.919) | – |",
+        "| inter-client −L_uniform of h, minus a | itself | b | c |",
+        "| --- | --- | --- | --- |",
+        "| round 20, own | 1.667 | +0.667 (−5.585 to +6.919) | – |",
     ]
 
 
