@@ -244,6 +244,7 @@ def test_the_noise_floor_is_that_of_repeats():
         rms += f" {(sum(d * d for d in off) / 9) ** 0.5:.{digits}f} |"
         largest += f" {max(map(abs, off)):.{digits}f} |"
     assert f"| | {' | '.join(headings)} |" in RESULTS and rms in RESULTS and largest in RESULTS
+    assert f"by {rms.split(' | ')[1]} (rms of 9 pairs)" in " ".join(README.split())
 
 
 def test_the_separation_is_that_of_its_records():
