@@ -1,55 +1,77 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA GPU, in one call of ten minutes: the tests that matter there, the
-# benchmark, ten rounds without and with --compile, then as much of the paper's run as fits.
+# What only a CUDA GPU can say, in calls of at most ten minutes; each prints as it goes and leaves
+# small records in $OUT, so that one that is cut off still counts:
 #
-#     extras/gpu_check.sh              # all of it; the run stops in order when the time is up
-#     extras/gpu_check.sh continue     # more of that run; when it is whole, its evaluation
+#     extras/gpu_check.sh speed      # tests of the step, benchmark
+#     extras/gpu_check.sh regime     # regime R of RESULTS.md and its controls, ten runs at a time
+#     extras/gpu_check.sh paper      # the paper's setting, three runs side by side, as far as it gets
+#     extras/gpu_check.sh central    # all images in one place, width 64: a bound, 100 epochs or fewer
 #
-# Each part has a time limit, a file of output in $OUT and some lines here; one that fails stops no
-# other. DEVICE=cpu and small sizes in the variables below rehearse it all without a GPU.
+# Each part has a time limit and a file of output in $OUT; one that fails stops no other. The same
+# call goes on where it was cut off. DEVICE=cpu and small FLAGS rehearse it all without a GPU.
 set -u
 cd "$(dirname "$0")/.."
-export DEVICE="${DEVICE:-cuda}"               # tests/test_step.py reads it, too
-OUT="${OUT:-runs/gpu_check}"                  # eight small files
-RUN="${RUN:-runs/gpu_check/run}"              # the run's folder, and two beside it
-DATASET="${DATASET:-cifar10}" FLAGS="${FLAGS:-}" ROUNDS="${ROUNDS:-100}" SHORT="${SHORT:-10}"
-BENCH="${BENCH:---quick}" EVAL="${EVAL:-}" TESTS="${TESTS:-not would_be_seen}"
-ALL="${ALL:-570}" SLOW="${SLOW:-1}"           # seconds in all; the parts' limits times SLOW
-mkdir -p "$OUT" "$(dirname "$RUN")"
+export DEVICE="${DEVICE:-cuda}" OMP_NUM_THREADS=1             # tests/test_step.py reads DEVICE, too
+OUT="${OUT:-runs/gpu_check}" ALL="${ALL:-570}" JOBS="${JOBS:-10}"
+DATASET="${DATASET:-data/cifar10-jpeg}" FLAGS="${FLAGS:---compile}" BENCH="${BENCH:---quick}"
+SEEDS="${SEEDS:-0 1 2}" ROUNDS="${ROUNDS:-2 5 20}"            # of regime R, whose rounds are kept
+common="--dataset $DATASET --device $DEVICE --clients 10 --alpha 0.1"
+mkdir -p "$OUT"
+[ "$DEVICE" = cpu ] || nvidia-cuda-mps-control -d             # several processes share the GPU
 
-part() {  # name, seconds, lines to show, command
-    local name=$1 limit=$(($2 * SLOW)) lines=$3 left=$((ALL - SECONDS)) start=$SECONDS status=0
-    shift 3
+part() {  # name, seconds, command; at most until $ALL seconds after the start
+    local name=$1 limit=$2 left=$((ALL - SECONDS)) start=$SECONDS status=0
+    shift 2
     limit=$((limit < left ? limit : left))
     [ "$limit" -gt 5 ] || { echo "== $name: no time is left"; return 1; }
     timeout --signal=TERM --kill-after=20 "$limit" "$@" >"$OUT/$name.txt" 2>&1 || status=$?
     echo "== $name: exit status $status after $((SECONDS - start)) s"
-    tail -n "$lines" "$OUT/$name.txt"
-    return "$status"
+    tail -n 25 "$OUT/$name.txt"
 }
 
-new_run=(python3 train.py --dataset "$DATASET" --clients 10 --alpha 0.1 --device "$DEVICE" $FLAGS)
-if [ "${1:-}" = continue ]; then
-    part run 600 3 python3 train.py --resume "$RUN/last.pt" --rounds "$ROUNDS" --device "$DEVICE"
-else
-    part tests 180 12 python3 -m pytest -q --durations 5 tests/test_step.py -k "$TESTS"
-    part bench 170 40 python3 extras/bench.py --device "$DEVICE" $BENCH
-    for mode in no-compile compile; do
-        part "$mode" 80 8 "${new_run[@]}" --rounds "$SHORT" --local-epochs 1 "--$mode" \
-            --out "$RUN-$mode"
+study() {  # name, seconds, flags, rows: all seeds' runs to the end of the flags' rounds, scored
+    part "$1" "$2" python3 extras/study.py "runs/$4" --jobs "$JOBS" --rows "${@:5}" \
+        --seeds $SEEDS --evaluation=--finetune -- $common $3 $FLAGS
+    [ ! -e "runs/$4/scores.jsonl" ] || cp "runs/$4/scores.jsonl" "$OUT/$4.jsonl"
+}
+
+score() {  # every run of a folder as it is now, also one that was cut off
+    for run in runs/"$1"/*-seed?; do
+        part "$1-$(basename "$run")" 60 python3 eval.py "$run/last.pt" --finetune --device "$DEVICE"
     done
-    mode=no-compile
-    part equal 30 2 python3 - "$RUN"-{no-compile,compile}/metrics.jsonl <<'PYTHON' && mode=compile
-import json, sys
-late = [[json.loads(line)["knn"] for line in open(path)][-5:] for path in sys.argv[1:]]
-eager, compiled = (sum(part) / len(part) for part in late)
-noise = max(2.0, *(max(part) - min(part) for part in late))
-print(f"kNN, mean of the last {len(late[0])} rounds: {eager:.2f} eager, {compiled:.2f} compiled")
-sys.exit(f"they differ by more than {noise:.2f}" if abs(eager - compiled) > noise else 0)
-PYTHON
-    part run 600 3 "${new_run[@]}" --rounds "$ROUNDS" "--$mode" --out "$RUN"
-fi
-cp "$RUN/metrics.jsonl" "$OUT/" || exit 1
-if [ "$(wc -l <"$RUN/metrics.jsonl")" -ge "$ROUNDS" ]; then
-    part eval 600 20 python3 eval.py "$RUN/last.pt" --device "$DEVICE" $EVAL
-fi
+    tail -n 1 runs/"$1"/*-seed?/{eval,metrics}.jsonl >"$OUT/$1.txt"
+}
+
+case "${1:-}" in
+speed)
+    part tests 120 python3 -m pytest -q tests/test_step.py
+    part bench 300 python3 extras/bench.py --device "$DEVICE" $BENCH
+    ;;
+regime)
+    for r in $ROUNDS; do
+        study "train-$r" 400 "--no-amp --width 16 --local-epochs 1 --rounds $r" regime \
+            fedalignuniform ssd ssd-common "ssd --gamma 0.2"
+        for run in runs/regime/*-seed?; do
+            kept="runs/rounds/$r/$(basename "$run")"
+            mkdir -p "$kept" && cp "$run/last.pt" "$kept"
+        done
+        ls runs/rounds/"$r"/*/last.pt | part "controls-$r" 120 xargs -P "$JOBS" -I{} \
+            python3 extras/separation.py {} --device "$DEVICE" --out {}.jsonl
+        cat runs/rounds/*/*/last.pt.jsonl >"$OUT/controls.jsonl"
+    done
+    ;;
+paper)
+    SEEDS=0 study train-paper "$((ALL - 90))" "--rounds 100" paper \
+        fedalignuniform ssd "ssd --gamma 0.05"
+    score paper
+    ;;
+central)
+    SEEDS=0 study train-central 300 "--clients 1 --rounds 100 --local-epochs 1" central \
+        fedalignuniform
+    score central
+    ;;
+*)
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac

@@ -179,8 +179,6 @@ def test_the_verdicts_are_those_of_the_intervals():
         "DSR without projector raises LP": (1, *no_projector, lp, ["regime-projector"], []),
         "SSD makes `z` more uniform": (1, *ssd, "−L_uniform z", regime, small),
         "SSD aligns `z` better": (-1, *ssd, "alignment z", regime, small),
-        "hard separation aligns `z` worse": (1, "hsd", ssd[1], "alignment z", regime, small),
-        "hard separation makes `z` more uniform": (1, "hsd", ssd[1], "−L_uniform z", regime, small),
         "distillation carries DSR's uniformity into `h`": (
             *(1, "ssd", "dsr", "−L_uniform h", regime, small),
         ),
