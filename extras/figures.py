@@ -177,7 +177,8 @@ def separation(plt, lines):
         if variant == "own":
             axis.set_ylabel(methods[row], fontsize=11)
     bar = right.colorbar(picture, ax=axes, location="bottom", shrink=0.9, aspect=40)
-    bar.set_label("−log E_ij of z: how far apart clients i (row), j (column) are", fontsize=10)
+    label = "how far apart: −log E exp(−2‖z − z′‖²), z of client i (row), z′ of j"
+    bar.set_label(label, fontsize=10)
     bar.ax.tick_params(labelsize=10)
     return figure
 
