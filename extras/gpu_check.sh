@@ -52,10 +52,10 @@ regime)
         study "train-$r" 400 "--no-amp --width 16 --local-epochs 1 --rounds $r" regime \
             fedalignuniform ssd ssd-common "ssd --gamma 0.2"
         for run in runs/regime/*-seed?; do
-            kept="runs/rounds/$r/$(basename "$run")"
+            kept="runs/rounds/round$r/$(basename "$run")"
             mkdir -p "$kept" && cp "$run/last.pt" "$kept"
         done
-        ls runs/rounds/"$r"/*/last.pt | part "controls-$r" 120 xargs -P "$JOBS" -I{} \
+        ls runs/rounds/round"$r"/*/last.pt | part "controls-$r" 120 xargs -P "$JOBS" -I{} \
             python3 extras/separation.py {} --device "$DEVICE" --out {}.jsonl
         cat runs/rounds/*/*/last.pt.jsonl >"$OUT/controls.jsonl"
     done
