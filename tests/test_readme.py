@@ -268,6 +268,7 @@ def controls(row, variant, r, key="inter", space="z"):
     """{seed: value} of assets/controls.jsonl."""
     wanted = {"row": row, "variant": variant, "round": r, "space": space}
     lines = map(json.loads, (ROOT / "assets/controls.jsonl").open())
+    lines = [line | {"apart": line["inter"] - line["intra"]} for line in lines]
     return {line["seed"]: line[key] for line in lines if wanted.items() <= line.items()}
 
 
@@ -293,12 +294,19 @@ def test_what_results_and_the_readme_say_of_the_controls():
     for row, variant in itertools.product((base, ssd), ("own", "average")):
         if (row, variant) != (ssd, "own"):
             assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
+    more = [f"{told(row, base, new, 2, 'apart')} more" for row in (ssd, common)]
+    apart = sum(controls(base, new, 2, "apart").values()) / 3
+    assert f"is {apart:.3f} for the baseline, {more[0]} for SSD and {more[1]} with a common" in page
+    assert f"In `z` it is {told(ssd, base, 'average', 2)}, and with" in page
     for space, r in itertools.product("hz", (2, 5)):
         which = new, r, "total", space
         values = controls(base, *which).values()
         cells = [f"{sum(values) / 3:.3f}"]
         cells += [told(*pair, *which) for pair in ((ssd, base), (common, base), (ssd, common))]
         assert len(values) == 3 and f"| {space}, round {r} | {' | '.join(cells)} |" in page
+        one, two = controls(ssd, *which), controls(common, *which)
+        middle, half = study.interval([one[seed] - two[seed] for seed in one])
+        assert abs(middle) > half  # leaves out zero
 
 
 def test_the_forest_is_that_of_the_records_and_of_the_papers_tables():
