@@ -69,7 +69,12 @@ def read(path):
 
 
 def shorten(svg):
-    """An SVG file with its numbers rounded, coordinates to a tenth of a point."""
+    """An SVG file with its numbers rounded, coordinates to a tenth of a point.
+
+    Ids of clip paths are hashes of coordinates whose last digit the layout leaves open: counted.
+    """
+    ids = {}
+    svg = re.sub(r"\bp[0-9a-f]{10}\b", lambda name: ids.setdefault(name[0], f"p{len(ids)}"), svg)
     svg = re.sub(r"\d{2,}\.\d{2,}", lambda number: f"{float(number[0]):.1f}", svg)
     return re.sub(r"\d\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
 

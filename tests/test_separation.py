@@ -281,7 +281,7 @@ def test_the_script_measures_once_and_prints_mean_spread_and_differences(capsys)
     half = 12.706 * apart.std(ddof=1) / 2**0.5
     ends = f"({apart.mean() - half:+.3f} to {apart.mean() + half:+.3f})"
     cell = f"{apart.mean():+.3f} {ends}".replace("-", "−")
-    assert f"| round 1, average | {cell} |" in capsys.readouterr().out
+    assert f"| round 1, average | {sum(pd) / 2:.3f} | {cell} |" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(capsys):
