@@ -35,7 +35,8 @@ study() {  # name, seconds, flags, rows: all seeds' runs to the end of the flags
     [ ! -e "runs/$4/scores.jsonl" ] || cp "runs/$4/scores.jsonl" "$OUT/$4.jsonl"
 }
 
-score() {  # every run of a folder as it is now, also one that was cut off
+score() {  # a folder's runs as they are, where the study was cut off before it scored them
+    [ ! -e "runs/$1/scores.jsonl" ] || return 0
     for run in runs/"$1"/*-seed?; do
         part "$1-$(basename "$run")" 60 python3 eval.py "$run/last.pt" --finetune --device "$DEVICE"
     done
