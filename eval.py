@@ -34,14 +34,21 @@ def knn_accuracy(train_h, train_y, test_h, test_y, k=200, temperature=0.1):
     wins. k is lowered to N where N is smaller; the paper's 200 is for thousands of rows a class.
     """
     bank, queries = F.normalize(train_h.float(), dim=1), F.normalize(test_h.float(), dim=1)
-    classes, correct = int(train_y.max()) + 1, 0
-    for query, label in zip(queries.split(1000), test_y.split(1000)):
+    classes, predicted = int(train_y.max()) + 1, []
+    for query in queries.split(1000):
         similarity, nearest = (query @ bank.T).topk(min(k, len(bank)))
         votes = query.new_zeros(len(query), classes)
         nearer = similarity - similarity[:, :1]  # to the nearest's, so that no T overflows
         votes.scatter_add_(1, train_y[nearest], (nearer / temperature).exp())
-        correct = correct + (votes.argmax(1) == label).sum()  # on the device: no wait in between
-    return 100 * int(correct) / len(test_y)
+        predicted.append(votes.argmax(1))
+    return accuracy(torch.cat(predicted), test_y)
+
+
+def accuracy(predicted, labels):
+    """Per cent of rows whose class is the label: (N,) twice; ValueError for labels (N, 1)."""
+    if predicted.shape != labels.shape:
+        raise ValueError(f"labels must be {tuple(predicted.shape)}, got {tuple(labels.shape)}")
+    return 100 * int((predicted == labels).sum()) / len(labels)
 
 
 @torch.enable_grad()
@@ -60,7 +67,7 @@ def linear_probe(train_h, train_y, test_h, test_y, epochs=200, lr=3e-3, batch_si
             optimizer.zero_grad()
             F.cross_entropy(head(train_h[batch]), train_y[batch]).backward()
             optimizer.step()
-    return 100 * (head(test_h).argmax(1) == test_y).float().mean().item()
+    return accuracy(head(test_h).argmax(1), test_y)
 
 
 def stratified(labels, fraction, seed=0):
@@ -99,8 +106,7 @@ def fine_tune(
             optimizer.zero_grad()
             F.cross_entropy(head(h.float()), train_y[batch]).backward()
             optimizer.step()
-    predicted = head(encode(model, test_x, amp)[0]).argmax(1)
-    return 100 * (predicted == test_y.to(device)).float().mean().item()
+    return accuracy(head(encode(model, test_x, amp)[0]).argmax(1), test_y.to(device))
 
 
 def _zero_head(h, labels):

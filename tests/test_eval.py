@@ -75,6 +75,13 @@ def test_linear_probe_solves_what_is_linear_and_not_what_is_not():
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize("measure", [knn_accuracy, linear_probe])
+def test_labels_in_a_column_are_refused_and_not_compared_with_every_row(measure):
+    h, y = torch.eye(4), torch.arange(4)
+    with pytest.raises(ValueError, match=r"labels must be \(4,\), got \(4, 1\)"):
+        measure(h, y, h, y[:, None], 1)
+
+
 def test_a_stratified_subset_has_its_share_of_every_class():
     labels = torch.tensor([0] * 100 + [1] * 40 + [2] * 3)[torch.randperm(143)]
     chosen = stratified(labels, 0.1)
