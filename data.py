@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 
 TINYIMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINYIMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -116,10 +117,14 @@ def read_images(paths):
     images = []
     for path in paths:
         try:
-            image = torchvision.datasets.folder.pil_loader(str(path))
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":  # which RGB would cut off at 255
+                    raise ValueError("more than 8 bits a channel")
+                image = image.convert("RGB")
             images.append(TF.pil_to_tensor(TF.center_crop(TF.resize(image, 32), 32)))
         except Exception as error:
-            raise ValueError(f"{path} does not decode as an image: remove or replace it") from error
+            what = "does not decode as an image of 8 bits a channel: remove or convert it"
+            raise ValueError(f"{path} {what}") from error
     return torch.stack(images)
 
 
@@ -341,7 +346,7 @@ def blend(x, kind, factor):
 
 
 def hue(x, turn):
-    """Turn the hue of RGB x (n, 3, H, W) by turn (n,) of the colour circle, by way of HSV."""
+    """Turn the hue of RGB x (n, 3, H, W) by turn (n,) in [-0.5, 0.5] of the circle, through HSV."""
     (r, g, b), value = x.unbind(1), x.amax(1)
     chroma = value - x.amin(1)
     c = chroma.clamp(min=1e-12)

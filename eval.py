@@ -1,7 +1,7 @@
 """How good is a representation? Measures on frozen features, and a script that takes a checkpoint.
 
 A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
-Measures need torch alone; fine_tune, evaluate, the script also data.py and model.py. Elsewhere:
+This file needs data.py and model.py beside it. Its measures of features, copied out, torch alone:
 
     >>> y = torch.arange(10).repeat(20)     # your labels
     >>> h = torch.eye(10)[y]                # your features
@@ -88,7 +88,7 @@ def fine_tune(
     for the head, RandomResizedCrop with scale (0.64, 1) and flip. `seed` shuffles and crops.
     """
     device = next(model.parameters()).device
-    model = copy.deepcopy(getattr(model, "encoder", model))
+    model = copy.deepcopy(getattr(model, "encoder", model)).requires_grad_()
     train_x, train_y = train_x.to(device), train_y.to(device)
     head = _zero_head(encode(model, test_x[:1], amp)[0], train_y)
     groups = [{"params": model.parameters()}, {"params": head.parameters(), "lr": 0.3}]
@@ -122,7 +122,7 @@ def uniformity_parts(h, client, t=2.0):
         total = log( sum_k w_kk E_kk + sum_{i != j} w_ij E_ij )
         E_ij  = E exp(-t ||z - z'||^2), z of client i, z' of client j, two different rows
 
-    z: h's rows on the unit sphere, w_ij: the share of the pairs (i, j). h (N, D), client (N,) int64
+    z = h / ||h||, 0 for h = 0, w_ij: the share of the pairs (i, j). h (N, D), client (N,) int64
     ids below K -> total (), in [-4t, 0], lower is more uniform; intra (K,), the terms w_kk E_kk;
     inter (K, K), the terms w_ij E_ij, zero diagonal. ValueError for fewer than two rows.
     The paper prints a leading minus, which does not fit its own tables; they show -total.
@@ -131,9 +131,9 @@ def uniformity_parts(h, client, t=2.0):
         got = f"got {tuple(h.shape)}, {tuple(client.shape)}"
         raise ValueError(f"uniformity needs h (N, D), N >= 2, and client ids (N,), {got}")
     z, member = F.normalize(h.float(), dim=1), F.one_hot(client.long()).float()
-    sums = 0
+    length, sums = z.square().sum(1), 0  # 1, of a zero row 0: collapse is not uniform
     for rows in torch.arange(len(z), device=z.device).split(1000):
-        kernel = (t * (2 * z[rows] @ z.T - 2)).exp()
+        kernel = (t * (2 * z[rows] @ z.T - length[rows, None] - length)).exp()
         kernel[rows - rows[0], rows] = 0  # a row is no pair with itself
         sums = sums + (member[rows].T @ (kernel @ member)).double()
     shares = sums / (len(z) * (len(z) - 1))
@@ -173,7 +173,7 @@ def encode(model, images, amp=False):
     amp: bfloat16 autocast.
     """
     device = next(model.parameters()).device
-    was_training, features = model.training, []
+    modes, features = [(module, module.training) for module in model.modules()], []
     model.eval()
     for batch in images.split(500):
         batch = batch.to(device) if batch.is_floating_point() else unit_range(batch.to(device))
@@ -181,7 +181,8 @@ def encode(model, images, amp=False):
             out = model(batch)
         h, u = (out, out) if torch.is_tensor(out) else out
         features.append([h.float(), u.float()])
-    model.train(was_training)
+    for module, mode in modes:  # one that was frozen stays so
+        module.training = mode
     return tuple(torch.cat(part) for part in zip(*features))
 
 

@@ -55,7 +55,8 @@ def federated_round(
                       the model holds the global weights, which it may change for k (FedBN)
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
     weighted by samples}}. A client whose loss or weights are not finite is left out of all means;
-    FloatingPointError if all are. Under torch.distributed the processes share the clients.
+    FloatingPointError if all are. An interrupt leaves the weights of the client that trained.
+    Under torch.distributed the processes, which start with the same weights, share the clients.
     """
     rank, world = processes()
     if average and world > 1:

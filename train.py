@@ -96,7 +96,7 @@ def build_parser(methods=METHODS):
     add = parser.add_argument_group("system").add_argument
     add("--width", type=count, default=64, help="channels at first; 64: ResNet-18 (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0,
-        help="of all draws but of --limit, patterns, the kNN's test images (%(default)s)")
+        help="of all draws but of --limit, patterns, the log's kNN (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=switch, help="bfloat16 (where it is fast)")
     add("--compile", action=switch, default=False, help="torch.compile, CUDA graphs (%(default)s)")

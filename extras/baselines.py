@@ -44,7 +44,7 @@ def feddecorr_loss(h):
     """FedDecorr (Shi et al., ICLR 2023): 1/B mean over i != j of C_ij^2, C = s^T s -> (), >= 0.
 
     h (B, D), D >= 2; s its columns, centred and divided by their unbiased standard deviation (1e-8
-    is added to the variance). 0 for B = 1. Weight 0.1, on CIFAR-100 0.05.
+    is added to the variance). 0 for B = 1. Weight 0.1, with --dataset cifar100 0.05.
     Paper / public code: ||K||_F^2 / D^2 with K the correlation matrix / as here, which is
     (B - 1)^2 / B times the mean squared correlation of two columns, so it grows with the batch.
     FedDecorr is supervised; here it acts on h of both views, averaged.

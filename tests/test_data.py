@@ -298,6 +298,10 @@ def test_a_folder_of_any_images_loads(folder):
             lambda root: (root / "train" / "cat" / "a.png").write_bytes(b""),
             r"cat/a.png does not decode",
         ),
+        (
+            lambda root: Image.new("I;16", (32, 32)).save(root / "train" / "cat" / "a.png"),
+            r"cat/a.png does not decode as an image of 8 bits",
+        ),
         (lambda root: (root / "val").rename(root / "other"), "needs the folders"),
         (lambda root: (root / "train").rename(root / "other"), "needs the folders"),
         (

@@ -133,7 +133,7 @@ def test_fine_tuning_refuses_images_that_are_in_0_to_1_already():
 
 
 def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
-    net, seen = SSDNet(4), []
+    net, seen = SSDNet(4).requires_grad_(False), []  # the copy learns, also of a frozen network
     before = {name: value.clone() for name, value in net.state_dict().items()}
     real = evaluation.encode
     monkeypatch.setattr(evaluation, "encode", lambda m, *a: (seen.append(m), real(m, *a))[1])
@@ -218,6 +218,12 @@ def test_uniformity_of_nothing_is_a_value_error(h, client):
         uniformity_parts(h, client)
 
 
+def test_a_row_of_zeros_is_one_point_not_far_from_itself():
+    dead, half = torch.zeros(4, 3), torch.tensor([[0.0, 0], [0, 0], [2, 0]])
+    assert uniformity(dead) == 0
+    assert uniformity(half) == pytest.approx(math.log((1 + 2 * math.exp(-2)) / 3))
+
+
 def test_alignment_by_hand():
     east, north = torch.tensor([[3.0, 0]]), torch.tensor([[0, 0.2]])
     assert alignment(east, 2 * east) == 0 and alignment(east, north) == pytest.approx(2)
@@ -233,12 +239,12 @@ def test_effective_rank_by_hand():
 
 def test_encoding_leaves_the_network_as_it_was():
     net = SSDNet(4).train()
+    net.encoder.bn1.eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     images = torch.randint(256, (9, 3, 32, 32), dtype=torch.uint8)
     h, u = encode(net, images, amp=False)
-    assert net.training and all(
-        torch.equal(value, before[name]) for name, value in net.state_dict().items()
-    )
+    assert [n for n, m in net.named_modules() if not m.training] == ["encoder.bn1"]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert h.shape == u.shape == (9, 32) and not h.requires_grad
     assert torch.allclose(h, encode(net, images.float() / 255, amp=False)[0])
     with torch.no_grad():
