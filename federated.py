@@ -55,7 +55,8 @@ def federated_round(
                       the model holds the global weights, which it may change for k (FedBN)
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
     weighted by samples}}. A client whose loss or weights are not finite is left out of all means;
-    FloatingPointError if all are. An interrupt leaves the weights of the client that trained.
+    FloatingPointError if all are. Afterwards the model is in training mode: model.eval() before
+    you score it; an interrupt leaves in it the weights of the client that trained.
     Under torch.distributed the processes, which start with the same weights, share the clients.
     """
     rank, world = processes()

@@ -1,9 +1,8 @@
 """Pictures of the method, which need no run; extras/figures.py draws them.
 
-sphere: two clients before and after DSR. pipeline: from an image to z, where the four losses act,
-what is sent. scales: d_k, and z beside its target. stopgrad: where a step of DSR moves a point,
-with it and without. views: what training sees of an image. And what all figures share: style,
-colours, legend.
+pipeline: from an image to z, where the four losses act, what is sent. scales: d_k, and z beside
+its target. stopgrad: where a step of DSR moves a point, with it and without. And what all figures
+share: style, colours, legend.
 """
 
 import sys
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import draw_patterns, two_views  # noqa: E402
-from losses import dsr_loss, scaling_vectors, toy  # noqa: E402
+from losses import dsr_loss, scaling_vectors  # noqa: E402
 
 STYLE = {  # a light card of its own: it reads the same on a light and on a dark page
     "figure.facecolor": "#f7f7f5",
@@ -39,35 +37,6 @@ def legend(figure, axis, **style):
     """One legend for the whole figure, below it."""
     style |= {"loc": "upper center", "bbox_to_anchor": (0.5, 0.02), "ncols": 3, "frameon": False}
     figure.legend(*axis.get_legend_handles_labels(), **style)
-
-
-def dots(axis, x, y, size, **style):
-    """Points as the round ends of lines without length: one path in the file, not one a point."""
-    gaps = np.full(len(x), np.nan)
-    x, y = (np.stack([c, c, gaps], 1).ravel() for c in (x, y))
-    axis.plot(x, y, linewidth=size, solid_capstyle="round", **style)
-
-
-def sphere(plt):
-    """Two clients' points before and after DSR, the half seen from between their own axes."""
-    points = list(toy())
-    view = torch.tensor([[-0.71, 0.0, 0.71], [-0.41, 0.82, -0.41], [0.58, 0.58, 0.58]])
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.7))
-    ends = zip(axes, (points[0], points[-1]), ("before DSR", "after five steps"))
-    for axis, (both, inter), when in ends:
-        axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#999999", linewidth=1))
-        for k, (z, d_k) in enumerate(zip(both, scaling_vectors(2, 3))):
-            seen = z @ view.T
-            x, y = seen[seen[:, 2] > 0, :2].T.numpy()
-            dots(axis, x, y, 5, color=COLOURS[k], alpha=0.7, label=f"client {k}")
-            own = ((d_k != 1).float() @ view.T).tolist()
-            axis.plot([0, own[0]], [0, own[1]], color=COLOURS[k], linestyle=":")
-        axis.set_title(f"{when}: inter-client\n−L_uniform {inter:.2f}")
-        axis.set_aspect("equal")
-        axis.axis("off")
-    legend(figure, axes[0], handlelength=0)
-    figure.tight_layout()
-    return figure
 
 
 def pipeline(plt):
@@ -192,19 +161,4 @@ def stopgrad(plt, a=10.0):
     bottom.text(100 * peak + 1, -0.75, "← without: away from\n    its own dimensions", fontsize=12)
     for axis in (top, bottom):
         axis.axvspan(0, 100 * peak, color=COLOURS[1], alpha=0.14, linewidth=0)
-    return figure
-
-
-def views(plt):
-    """Six drawn images, each above its two random views."""
-    images = draw_patterns(6, 1).train_x
-    rows = [images / 255, *two_views(images, torch.Generator().manual_seed(3))]
-    figure, axes = plt.subplots(3, 6, figsize=(7, 3.6))
-    for row, pictures, label in zip(axes, rows, ("image", "view 1", "view 2")):
-        for axis, picture in zip(row, pictures):
-            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        row[0].set_ylabel(label)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06)
     return figure

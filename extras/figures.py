@@ -5,7 +5,7 @@
 
 where extras/study.py wrote that file. --first-run takes runs of the first run's command and keeps
 their rounds in first_run.jsonl, from which their curve is drawn again; --separation takes the file
-that extras/separation.py writes, --split a run folder; --forest the folder of the studies' scores:
+that extras/separation.py writes, --forest the folder of the studies' scores:
 
     python extras/figures.py --forest assets              # forest.svg of extras/RESULTS.md
 """
@@ -13,7 +13,6 @@ that extras/separation.py writes, --split a run folder; --forest the folder of t
 import itertools
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -23,17 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
-from diagrams import (  # noqa: E402
-    COLOURS,
-    STYLE,
-    dots,
-    legend,
-    pipeline,
-    scales,
-    sphere,
-    stopgrad,
-    views,
-)
+from diagrams import COLOURS, STYLE, legend, pipeline, scales, stopgrad  # noqa: E402
 from study import cell, differences, interval  # noqa: E402
 from study import read as read_scores  # noqa: E402
 
@@ -130,9 +119,9 @@ def record(runs):
 
 
 def separation(plt, lines):
-    """Whose is the separation: z's own share as bars, and -log E_ij of the clients i and j as maps.
+    """Where the networks lean, as points, and -log E_ij of the clients i and j as maps.
 
-    Of the last round that both rows have: bars mean ± std over the seeds, maps of the first seed.
+    Of the last round that both rows have: a point a client of every seed, maps of the first seed.
     """
     methods = {"fedalignuniform": "FedAlignUniform", "ssd": "SSD"}
     maps = {
@@ -140,7 +129,7 @@ def separation(plt, lines):
         "same-images": "the same images\nby every network",
         "average": "each client's images\nby the average",
     }
-    lines = [line for line in lines if "matrix" in line]  # of z
+    lines = [line for line in lines if line["variant"] in maps and "shares" in line]  # of z
     common = [{line["round"] for line in lines if line["row"] == row} for row in methods]
     if not (common := set.intersection(*common)):
         raise ValueError(f"no round of both {' and '.join(methods)} to draw")
@@ -150,25 +139,26 @@ def separation(plt, lines):
             found[line["row"], line["variant"]].append(line)
 
     figure = plt.figure(figsize=(7.6, 4.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.9))
-    axis, ends = (
-        left.subplots(),
-        {"own": ("own network", COLOURS[4]), "average": ("average", "#bbbbbb")},
-    )
-    for shift, (variant, (label, colour)) in zip((-0.2, 0.2), ends.items()):
-        shares = [[100 * line["own_share"] for line in found[row, variant]] for row in methods]
-        stds = [statistics.stdev(share) if len(share) > 1 else 0 for share in shares]
-        x, means = np.arange(len(methods)) + shift, list(map(statistics.mean, shares))
-        bars = axis.bar(x, means, 0.38, yerr=stds, color=colour, label=label)
-        axis.bar_label(bars, fmt="%.0f %%", label_type="center", fontsize=10)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
+    axis = left.subplots()
+    for row, variant, marker, colour, label in (
+        ("ssd", "own", "o", COLOURS[1], "SSD, client k's network"),
+        ("ssd", "average", "o", COLOURS[0], "SSD, the average"),
+        ("fedalignuniform", "own", "x", COLOURS[7], "FedAlignUniform, k's network"),
+    ):
+        weights, shares = (
+            np.array([line[key] for line in found[row, variant]]) for key in ("weights", "shares")
+        )
+        own = shares.diagonal(axis1=1, axis2=2) if variant == "own" else shares.mean(1)
+        axis.plot(100 * weights.ravel(), 100 * own.ravel(), marker, color=colour, label=label)
     chance = 100 * found["ssd", "own"][0]["chance"]
-    axis.axhline(
-        chance, color="black", linestyle="--", linewidth=1, label=f"chance: {chance:.0f} %"
-    )
-    axis.set_title("share of ‖z‖² in the\nclient's own dimensions", fontsize=11)
-    axis.set_xticks(range(len(methods)), methods.values(), fontsize=10)
-    axis.set_yticks([])
-    left.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+    text = f"chance: {chance:.0f} %"
+    axis.axhline(chance, color="black", linestyle="--", linewidth=1, label=text)
+    axis.set_title("% of ‖z‖² in client k's\ndimensions", fontsize=11)
+    axis.set_xlabel("% of all images that client k has", fontsize=10)
+    axis.tick_params(labelsize=10)
+    axis.set(xlim=(0, None), ylim=(0, 100))
+    left.legend(loc="outside lower center", fontsize=10, frameon=False)
     axes = right.subplots(len(methods), len(maps))
     pictures = {key: lines[0]["matrix"] for key, lines in found.items()}
     scale = {"vmin": min(map(np.min, pictures.values())), "vmax": 4}  # orthogonal: 4
@@ -185,30 +175,6 @@ def separation(plt, lines):
     label = "how far apart: −log E exp(−2‖z − z′‖²), z of client i (row), z′ of j"
     bar.set_label(label, fontsize=10)
     bar.ax.tick_params(labelsize=10)
-    return figure
-
-
-def split(plt, run):
-    """How many images of a class each client has, as areas; the largest is labelled."""
-    config = json.loads((run / "config.json").read_text())
-    data = load_dataset(config["dataset"], config["data_dir"])
-    parts = json.loads((run / "split.json").read_text()).values()
-    counts = np.stack(
-        [np.bincount(data.train_y[part], minlength=len(data.classes)) for part in parts]
-    )
-    figure, axis = plt.subplots(figsize=(8.6, 0.5 * len(data.classes) + 1.5))
-    for x, y in np.argwhere(counts):
-        dots(axis, [x], [y], 24 * np.sqrt(counts[x, y] / counts.max()), color=COLOURS[0])
-    k, c = np.unravel_index(counts.argmax(), counts.shape)
-    axis.annotate(f"{counts.max():,}", (k, c), (12, 8), textcoords="offset points")
-    axis.set_yticks(range(len(data.classes)), data.classes)
-    axis.set_xticks(range(len(counts)), [f"{k}\n{n:,}" for k, n in enumerate(counts.sum(1))])
-    axis.tick_params(axis="x", labelsize=11)
-    axis.set(
-        xlabel="client, and its number of images",
-        title="split" if config["split_file"] else f"Dirichlet({config['alpha']:g}) split",
-    )
-    axis.margins(0.08)
     return figure
 
 
@@ -231,20 +197,6 @@ def rounds(plt, rows):
     for axis in axes[1]:
         axis.set_xlabel("round")
     legend(figure, axes[0, 0])
-    figure.tight_layout()
-    return figure
-
-
-def trade_off(plt, rows):
-    """Uniformity of z against its alignment: a point a row, mean ± std over the seeds."""
-    figure, axis = plt.subplots(figsize=(7, 4.8))
-    for colour, (label, lines) in zip(itertools.cycle(COLOURS), rows.items()):
-        ends = [[-line[key] for line in lines] for key in ("alignment_z", "uniformity_z")]
-        (x, y) = map(statistics.mean, ends)
-        spread = [statistics.stdev(end) if len(end) > 1 else 0 for end in ends]
-        axis.errorbar(x, y, spread[1], spread[0], "o", color=colour, capsize=3, label=label)
-    legend(figure, axis)
-    axis.set(xlabel="−L_align of z (better →)", ylabel="−L_uniform of z (better ↑)")
     figure.tight_layout()
     return figure
 
@@ -312,7 +264,6 @@ def draw_all(plt, args):
     if not all("variant" in line for line in controls):
         raise ValueError(f"{args.separation} is not a file of extras/separation.py")
     shares = separation(plt, controls) if controls else None
-    clients = split(plt, args.split) if args.split else None
     trees = forest(plt, args.forest) if args.forest else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
     lines = first or (read(kept) if kept.exists() else [])
@@ -320,34 +271,27 @@ def draw_all(plt, args):
     args.out.mkdir(parents=True, exist_ok=True)  # nothing is written before all has been read
     if first:
         kept.write_text("".join(json.dumps(line) + "\n" for line in first))
-    yield "sphere.svg", sphere(plt)
     yield "pipeline.svg", pipeline(plt)
     yield "d_k.svg", scales(plt)
     yield "stopgrad.svg", stopgrad(plt)
-    yield "views.png", views(plt)
     if curve:
         yield "first_run.svg", curve
     if shares:
         yield "separation.svg", shares
-    if clients:
-        yield "split.svg", clients
     if trees:
         yield "forest.svg", trees
     if any("knn_rounds" in line for lines in rows.values() for line in lines):
         yield f"{args.scores.stem}_rounds.svg", rounds(plt, rows)
-    if rows:
-        yield f"{args.scores.stem}_trade_off.svg", trade_off(plt, rows)
 
 
 def main(argv=None):
-    """Run folders and records -> SVG files (the two views: PNG)."""
+    """Run folders and records -> SVG files."""
     parser = one_line_parser("extras/figures.py", __doc__.splitlines()[0])
     add = parser.add_argument
     add("scores", type=Path, nargs="?", help="scores.jsonl, or what it is called in assets/")
     add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")
     add("--first-run", type=Path, nargs="+", metavar="RUN", help="run folders, one a seed")
     add("--separation", type=Path, metavar="FILE", help="of extras/separation.py")
-    add("--split", type=Path, metavar="RUN", help="a run folder, whose split to draw")
     add("--forest", type=Path, metavar="FOLDER", help="of regime.jsonl, ablation.jsonl and so on")
     add("--out", type=Path, default=Path("assets"), help="where the figures go (%(default)s)")
     args = parser.parse_args(argv)
@@ -358,9 +302,8 @@ def main(argv=None):
         plt.rcParams.update(STYLE)
         for name, figure in draw_all(plt, args):
             path = args.out / name
-            figure.savefig(path, metadata={"Date": None} if "svg" in name else None)
-            if "svg" in name:
-                path.write_text(shorten(path.read_text()))
+            figure.savefig(path, metadata={"Date": None})
+            path.write_text(shorten(path.read_text()))
             plt.close(figure)
             print(path)
     except ModuleNotFoundError as error:

@@ -50,9 +50,10 @@ speed)
     ;;
 regime)
     for r in $ROUNDS; do
-        study "train-$r" 400 "--no-amp --width 16 --local-epochs 1 --rounds $r" regime \
+        study "train-$r" 400 "--no-amp --width 16 --local-epochs 1 --rounds $r" separation \
             fedalignuniform ssd ssd-common "ssd --gamma 0.2"
-        for run in runs/regime/*-seed?; do
+        for run in runs/separation/*-seed?; do
+            [ "$(wc -l <"$run/metrics.jsonl")" -eq "$r" ] || continue # cut off, or further already
             kept="runs/rounds/round$r/$(basename "$run")"
             mkdir -p "$kept" && cp "$run/last.pt" "$kept"
         done

@@ -10,6 +10,10 @@ checkpoint, variant and space (h, z), and a checkpoint that it holds is not meas
                           tables: over all pairs, pairs of one client, pairs of two clients
     cosine                of two clients' mean directions, mean over the pairs of clients
     own_share             of ||z||^2, in the client's own dimensions, those that d_k scales
+
+One network that treats all images alike has a mean own share of 1 / K, however far it leans; where
+it leans shares tells, (K, K): of ||z||^2 of client i's images, in client j's dimensions. The lines
+of z with shares have weights, each client's share of the images, and matrix, -log E_ij, as well.
 """
 
 import functools
@@ -35,7 +39,7 @@ from losses import scaling_vectors  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 from train import make_loss  # noqa: E402
 
-PICTURED = ("own", "same-images", "average")  # their lines of z hold -log E_ij of clients i and j
+PICTURED = ("own", "same-images", "average", "average-equal")  # their lines of z hold matrices
 IMAGES = 400  # of each client, at most; as many test images
 POOLED = 5000  # training images of all clients, from which BatchNorm's statistics are measured anew
 
@@ -83,7 +87,7 @@ def recalibrate(model, images, generator, batch_size=250):
 
 
 def geometry(z, client, own):
-    """The values of a line, and -log E_ij (K, K): of z unit rows (N, D), client (N,) ids below K.
+    """A line's values, -log E_ij and shares (K, K): of z unit rows (N, D), client (N,) ids below K.
 
     E_ij = mean exp(-2 ||z - z'||^2), z of client i, z' of client j, different rows. own (K, D)
     marks the clients' own dimensions. What needs two clients is left out for one.
@@ -92,7 +96,9 @@ def geometry(z, client, own):
     sizes = torch.bincount(client).double()
     pairs = (sizes[:, None] * sizes - sizes.diag()) / (len(z) * (len(z) - 1))
     same = pairs.diag().sum()
-    means = F.normalize(F.one_hot(client).T.double() @ z.double(), dim=1)
+    member = F.one_hot(client).T.double()
+    means = F.normalize(member @ z.double(), dim=1)
+    shares = member @ z.double().square() @ own.T.double() / sizes[:, None]
     i, j = torch.triu_indices(len(means), len(means), 1)
     values = {
         "total": -total,
@@ -102,7 +108,7 @@ def geometry(z, client, own):
         "own_share": (z.square() * own[client]).sum(1).mean(),
     }
     values = {name: value.item() for name, value in values.items() if not value.isnan()}
-    return values, -((intra.diag() + inter) / pairs).log()
+    return values, -((intra.diag() + inter) / pairs).log(), shares
 
 
 def measure(checkpoint, model, data):
@@ -138,9 +144,9 @@ def measure(checkpoint, model, data):
     test = data.test_x[some(torch.arange(len(data.test_x)), IMAGES)]
     network = torch.arange(len(split)).repeat_interleave(len(test))
 
-    start = copy_state(model)
+    start, sizes = copy_state(model), list(map(len, split))
     states = local_states(model, config, images, split, rounds)
-    average = average_states(states, list(map(len, split)))
+    average, even = (average_states(states, n) for n in (sizes, [1] * len(split)))
     local = [embed(state, held, client) for state in states]
     moved = [*local[1:], local[0]]
     for variant, embeddings in {
@@ -149,6 +155,8 @@ def measure(checkpoint, model, data):
         # all images by the average of the local networks, as it is and with new statistics
         "average": [embed(average, held, client)],
         "average-recalibrated": [embed(anew(average), held, client)],
+        # by their average with equal weights
+        "average-equal": [embed(even, held, client)],
         # the same test images by every local network
         "same-images": [torch.cat([embed(states[k], test, k) for k in clients], 1)],
         # client k's images by the local network of client k + 1
@@ -162,12 +170,14 @@ def measure(checkpoint, model, data):
         for i, space in enumerate("hz"):
             whose = network if variant == "same-images" else client
             found = [geometry(rows[i], whose, own) for rows in embeddings]
-            line, (values, matrix) = {"variant": variant, "space": space}, found[0]
+            line, (values, matrix, shares) = {"variant": variant, "space": space}, found[0]
             for key in values:
-                line[key] = round(statistics.mean(values[key] for values, _ in found), 4)
-            if space == "z" and variant in PICTURED:  # chance: the own share of evenly spread z
+                line[key] = round(statistics.mean(values[key] for values, *_ in found), 4)
+            if space == "z" and variant in PICTURED:  # chance: the share of evenly spread z
                 line["chance"] = own[0].double().mean().item()
+                line["weights"] = [round(size / sum(sizes), 4) for size in sizes]
                 line["matrix"] = [[round(value, 2) for value in row] for row in matrix.tolist()]
+                line["shares"] = [[round(value, 3) for value in row] for row in shares.tolist()]
             yield line
 
 

@@ -19,8 +19,7 @@ from data import draw_patterns
 
 SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 2".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
-METHOD = ["d_k.svg", "pipeline.svg", "sphere.svg", "stopgrad.svg", "views.png"]
-STUDY = ["scores_rounds.svg", "scores_trade_off.svg", "split.svg"]
+METHOD = ["d_k.svg", "pipeline.svg", "stopgrad.svg"]
 FIRST = ["first_run.jsonl", "first_run.svg"]
 
 
@@ -50,24 +49,25 @@ def names(folder):
 
 
 def controls():
-    """Lines as extras/separation.py writes them: own shares 0.2 and up, of two seeds and rounds."""
+    """Lines as extras/separation.py writes them, of two clients and of several seeds and rounds."""
     for i, row in enumerate(("fedalignuniform", "ssd", "hsd")):
         for r, seed in ((2, 0), (5, 0), (5, 1), (20, 0))[: 4 - i]:
             for j, variant in enumerate(("own", "average", "same-images", "start")):
                 line = {"row": row, "round": r, "seed": seed, "variant": variant}
                 yield {**line, "space": "h", "own_share": 0.9}
-                line |= {"space": "z", "own_share": (2 + 3 * i + j + seed) / 10}
-                yield line | {"chance": 0.1, "matrix": [[i, r], [r, j]]} if j < 3 else line
+                shares = [[i / 10, j / 10], [0.3, seed / 10]]
+                seen = {"matrix": [[i, r], [r, j]], "shares": shares, "weights": [0.2, 0.8]}
+                yield line | {"space": "z", **({"chance": 0.1, **seen} if j < 3 else {})}
 
 
 def test_all_figures_the_same_again_and_small(runs):
     pytest.importorskip("matplotlib")
     Path("lines.jsonl").write_text("\n".join(map(json.dumps, controls())))
-    flags = ["scores.jsonl", "--separation", "lines.jsonl", "--split", "runs/ssd-seed0"]
+    flags = ["scores.jsonl", "--separation", "lines.jsonl"]
     flags += ["--first-run", "runs/ssd-seed0", "runs/ssd-seed1", "--out"]
     figures.main([*flags, "one"])
     figures.main([*flags, "two"])
-    assert names("one") == sorted(METHOD + STUDY + FIRST + ["separation.svg"])
+    assert names("one") == sorted([*METHOD, *FIRST, "scores_rounds.svg", "separation.svg"])
     for name in names("one"):
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
         assert Path("one", name).stat().st_size < 100_000
@@ -76,7 +76,7 @@ def test_all_figures_the_same_again_and_small(runs):
     figures.main(["scores.jsonl", "--out", "one", "--rows", "pd"])
     assert ">ssd<" not in Path("one/scores_rounds.svg").read_text()
     figures.main(["scores.jsonl", "--out", "none", "--rows", "ssd --rounds 0"])
-    assert names("none") == sorted([*METHOD, "scores_trade_off.svg"])
+    assert names("none") == METHOD
 
 
 def test_the_first_runs_rounds_are_kept_with_the_untrained_network(runs, capsys):
@@ -141,16 +141,19 @@ def test_a_band_is_mean_and_spread():
     assert outline.min() == pytest.approx(2 - 2**0.5) and outline.max() == 5
 
 
-def test_the_separations_shares_and_maps_are_of_the_last_common_round():
+def test_the_separations_points_and_maps_are_of_the_last_common_round():
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")
     figure = figures.separation(plt, list(controls()))
-    bars, *maps, _ = figure.get_axes()
-    heights = [bar.get_height() for bar in bars.patches]  # own, own, average, average
-    assert heights == pytest.approx([25, 55, 35, 65])  # round 5, means of two seeds
-    ends = bars.containers[1].errorbar.lines[2][0].get_segments()
-    assert np.diff(ends[0][:, 1]) == pytest.approx(2 * 10 / 2**0.5)
-    assert bars.lines[-1].get_ydata()[0] == pytest.approx(10)  # chance
+    points, *maps, _ = figure.get_axes()
+    own, average, baseline, chance = (line.get_xydata().T for line in points.lines)
+    for (x, y), expected in (  # round 5, two clients of two seeds
+        (own, [10, 0, 10, 10]),  # the diagonal
+        (average, [20, 5, 20, 10]),  # the mean of both clients' images
+        (baseline, [0, 0, 0, 10]),
+    ):
+        assert x == pytest.approx([20, 80, 20, 80]) and y == pytest.approx(expected)
+    assert chance[1] == pytest.approx(10)
     shown = [axis.images[0].get_array()[::16, ::16].tolist() for axis in maps]
     assert shown == [[[i, 5], [5, j]] for i in (0, 1) for j in (0, 2, 1)]
     with pytest.raises(ValueError, match="no round of both"):
@@ -176,7 +179,6 @@ def test_mistakes_are_one_line(runs, capsys):
         (["scores.jsonl", "--rows", "dsr"], "no row dsr in scores.jsonl: it has ssd, pd"),
         (["transfer.jsonl"], "transfer.jsonl has no scores on a study's own data set"),
         (["--rows", "pd"], "--rows is of a study's scores: give their file before"),
-        (["--split", "nowhere"], "nowhere/config.json"),
         (["--separation", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--separation", "scores.jsonl"], "scores.jsonl is not a file of extras/separation.py"),
         (["--first-run", "nowhere"], "nowhere/config.json"),

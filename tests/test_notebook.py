@@ -50,10 +50,12 @@ def check(text):
     assert "every weight and statistic equal, bit by bit: True" in text
     shares = {}
     for name, line in re.findall(r"(\w+): own share untrained 33 %, then (.*)", text):
-        averages = [int(share) for share in re.findall(r"average (\d+) %", line)]
-        assert len(averages) == 3 and all(30 <= share <= 36 for share in averages)  # chance: 33
-        shares[name] = [int(share) for share in re.findall(r"local (\d+) %", line)]
+        shares[name] = [int(share) for share in re.findall(r"(\d+) %", line)]
     assert [len(rounds) for rounds in shares.values()] == [3, 3]
+    for name, line in re.findall(r"(\w+): the average's share in .*: (.*)", text):
+        lean = [int(share) for share in re.findall(r"(\d+) %", line)]
+        assert len(lean) == 3 and 98 <= sum(lean) <= 102
+        assert lean[1] > lean[0] > lean[2] + 5 if name == "SSD" else max(lean) - min(lean) < 5
     assert max(shares["FedAlignUniform"]) < 50 < 60 < min(shares["SSD"])
     rows = [[*map(int, row.split())] for row in re.findall(r"network of client \d([ \d]+)", text)]
     assert len(rows) == 3 and all(50 < share for row in rows for share in row)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -246,30 +247,52 @@ def test_the_noise_floor_is_that_of_repeats():
     assert f"by {rms.split(' | ')[1]} (rms of 9 pairs)" in " ".join(README.split())
 
 
-def test_the_separation_after_20_rounds_is_that_of_its_record():
-    """Inter-client values, of own networks and of the average."""
-    rows, most = {}, 0
-    for line in map(json.loads, (ROOT / "assets/separation.jsonl").open()):
-        run, seed = line["run"].split("/")[-1].rsplit("-seed")
-        found = rows.setdefault((run.replace("-gamma-", " --gamma "), line["part"]), {})
-        found.setdefault(line["when"], {})[seed] = line["inter"]
-    for (row, part), found in rows.items():
-        own, average = found["before"], found["after"]
-        cells = [f"{sum(values.values()) / 3:.3f}" for values in (own, average)]
-        cells.append(study.cell([average[seed] - own[seed] for seed in own], 3, True))
-        if part == "h" and row != "hsd":
-            most = max(most, sum(own.values()) / 3 - sum(average.values()) / 3)
-        elif row != "hsd":
-            assert f"| {' | '.join([row, *cells])} |" in RESULTS
-    assert f"In `h` no average loses more than {most:.3f}." in " ".join(RESULTS.split())
+def lines(name):
+    """Of a record in assets/."""
+    return map(json.loads, (ROOT / f"assets/{name}.jsonl").open())
+
+
+def is_of(line, row, variant, r, space="z"):
+    wanted = {"row": row, "variant": variant, "round": r, "space": space}
+    return wanted.items() <= line.items()
+
+
+def lean(line):
+    """How much of z lies in each client's dimensions: of its own network's, or of one network's."""
+    shares = np.array(line["shares"])
+    return shares.diagonal() if line["variant"] == "own" else shares.mean(0)
+
+
+def correlation(line):
+    return np.corrcoef(line["weights"], lean(line))[0, 1]
 
 
 def controls(row, variant, r, key="inter", space="z"):
     """{seed: value} of assets/controls.jsonl."""
-    wanted = {"row": row, "variant": variant, "round": r, "space": space}
-    lines = map(json.loads, (ROOT / "assets/controls.jsonl").open())
-    lines = [line | {"apart": line["inter"] - line["intra"]} for line in lines]
-    return {line["seed"]: line[key] for line in lines if wanted.items() <= line.items()}
+    found = [line for line in lines("controls") if is_of(line, row, variant, r, space)]
+    apart = {line["seed"]: line["inter"] - line["intra"] for line in found}
+    return apart if key == "apart" else {line["seed"]: line[key] for line in found}
+
+
+def test_the_separation_after_20_rounds_is_that_of_its_record():
+    """What averaging takes from the inter-client value of z; own share and lean of seed 0."""
+    rows, page = {}, " ".join(RESULTS.split())
+    for line in map(json.loads, (ROOT / "assets/separation.jsonl").open()):
+        if line["part"] == "z":
+            run, seed = line["run"].split("/")[-1].rsplit("-seed")
+            rows.setdefault(run, {}).setdefault(line["when"], {})[seed] = line["inter"]
+    for row in ("ssd", "ssd-gamma-0.2", "fedalignuniform"):
+        own, average = rows[row]["before"], rows[row]["after"]
+        middle, half = study.interval([own[seed] - average[seed] for seed in own])
+        assert len(own) == 3
+        assert f"{middle:.3f} ({middle - half:.3f} to {middle + half:.3f})" in page
+    for words, variant in (
+        ("SSD's networks put {:.0f} %", "own"),
+        ("correlation {:.2f}", "average"),
+    ):
+        (line,) = (line for line in lines("separation-round20") if is_of(line, "ssd", variant, 20))
+        value = 100 * line["own_share"] if variant == "own" else correlation(line)
+        assert words.format(value) in page
 
 
 def test_what_results_and_the_readme_say_of_the_controls():
@@ -289,11 +312,37 @@ def test_what_results_and_the_readme_say_of_the_controls():
         for a, b in (shares(ssd, "own"), shares(ssd, "same-images"), shares(common, "average"))
     )
     assert f"SSD's local networks put {own} of `z`" in page and f"of test images ({same})" in page
-    assert f"keeps the lean, {kept}" in page
-    assert f"it puts {shares(ssd, 'own')[1]:.0f} % of any embedding there" in readme
-    for row, variant in itertools.product((base, ssd), ("own", "average")):
-        if (row, variant) != (ssd, "own"):
-            assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
+    assert f"keeps the whole lean, {kept}" in page
+    assert f"{shares(ssd, 'own')[1]:.0f} % of ||z||^2 lie there on average" in readme
+    average = "{:.0f} and {:.0f} %".format(*shares(ssd, "average"))
+    assert f"has a mean own share of {average}, as has" in page
+    for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
+        assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
+    leaning = [line for line in lines("controls") if is_of(line, ssd, "average", 5)]
+    assert min(map(correlation, leaning)) > 0.97 and "the more images a client has, the more" in readme
+    spreads = [np.std(line["shares"], 0).max() for line in leaning]
+    assert max(spreads) < 0.01 and "treats all images alike" in page
+    for row, variant, rounds in (
+        (ssd, "average", [2]),
+        (ssd, "average", [5]),
+        ("ssd-gamma-0.2", "average", [2, 5]),
+        (base, "average", [2, 5]),
+    ):
+        found = [line for r in rounds for line in lines("controls") if is_of(line, row, variant, r)]
+        values = sorted(map(correlation, found))
+        told_ends = f"by {values[0]:.2f} to {values[-1]:.2f}".replace("-", "−")
+        assert len(found) == 3 * len(rounds) and told_ends in page
+    for name, few in (("most images", False), ("three with the fewest (mean)", True)):
+        cells = []
+        for variant in (None, "own", "average", "average-equal"):
+            found = [line for line in lines("controls") if is_of(line, ssd, variant or "own", 5)]
+            means = []
+            for line in found:
+                order = np.argsort(line["weights"])
+                values = lean(line) if variant else np.array(line["weights"])
+                means.append(f"{100 * values[order[:3] if few else order[-1:]].mean():.0f}")
+            cells.append(", ".join(means))
+        assert f"{name} | {' | '.join(cells)} |" in page
     more = [f"{told(row, base, new, 2, 'apart')} more" for row in (ssd, common)]
     apart = sum(controls(base, new, 2, "apart").values()) / 3
     assert f"is {apart:.3f} for the baseline, {more[0]} for SSD and {more[1]} with a common" in page

@@ -64,15 +64,17 @@ def slowly(z, own):
         "cosine": np.mean([means[i] @ means[j] for i, j in pairs if i < j]),
         "own_share": np.mean([x[d] @ x[d] for rows, d in zip(z, own) for x in rows]),
     }
-    return values, {pair: -np.log(np.mean(kernel)) for pair, kernel in pairs.items()}
+    shares = [[np.mean([x[d] @ x[d] for x in rows]) for d in own] for rows in z]
+    return values, {pair: -np.log(np.mean(kernel)) for pair, kernel in pairs.items()}, shares
 
 
 def test_values_against_a_loop_over_pairs():
     z = torch.nn.functional.normalize(torch.randn(12, 6) + 1, dim=1)
     client, own = torch.tensor([0] * 3 + [1] * 2 + [2] * 7), scaling_vectors(3, 6) != 1
-    values, matrix = separation.geometry(z, client, own)
+    values, matrix, shares = separation.geometry(z, client, own)
     rows = [z[client == k].double().numpy() for k in range(3)]
-    expected, pairs = slowly(rows, [d.nonzero()[:, 0].numpy() for d in own])
+    expected, pairs, slow_shares = slowly(rows, [d.nonzero()[:, 0].numpy() for d in own])
+    assert np.allclose(shares, slow_shares, atol=1e-6)
     assert values == {name: pytest.approx(value, abs=1e-5) for name, value in expected.items()}
     assert all(
         matrix[pair].item() == pytest.approx(value, abs=1e-5) for pair, value in pairs.items()
@@ -100,7 +102,7 @@ def test_which_network_sees_which_images(method, monkeypatch):
         assert sorted(map(hash, map(bytes, pool.numpy()))) == sorted(
             map(hash, map(bytes, data.train_x.numpy()))
         )
-    assert len(pools) == 2 and len(found) == 16
+    assert len(pools) == 2 and len(found) == 18
 
     d = [row.nonzero()[:, 0].numpy() for row in scaling_vectors(3, 16) != 1]
     d = d[:1] * 3 if method == "ssd-common" else d
@@ -115,10 +117,13 @@ def test_which_network_sees_which_images(method, monkeypatch):
         return {"h": h, "z": z}
 
     mine, everyone = [data.train_x[index] for index in split], range(3)
+    even = {name: sum(state[name].double() for state in local) / 3 for name in start}
+    sizes = np.array(list(map(len, split)))
     expected = {
         "own": [[see(local[k], mine[k], k) for k in everyone]],
         "average": [[see(average, mine[k], k) for k in everyone]],
         "average-recalibrated": [[see(average, mine[k], k, True) for k in everyone]],
+        "average-equal": [[see(even, mine[k], k) for k in everyone]],
         "same-images": [[see(local[k], data.test_x, k) for k in everyone]],
         "next-network": [[see(local[(1, 2, 0)[k]], mine[k], k) for k in everyone]],
         "one-network": [[see(local[j], mine[k], k) for k in everyone] for j in everyone],
@@ -130,12 +135,14 @@ def test_which_network_sees_which_images(method, monkeypatch):
         variant, space = line.pop("variant"), line.pop("space")
         values = [slowly([rows[space] for rows in seen], d) for seen in expected[variant]]
         for key in values[0][0]:
-            mean = np.mean([value[key] for value, _ in values])
+            mean = np.mean([value[key] for value, *_ in values])
             assert line.pop(key) == pytest.approx(mean, abs=2e-4), (variant, space, key)
-        if space == "z" and variant in ("own", "same-images", "average"):
+        if space == "z" and variant in ("own", "same-images", "average", "average-equal"):
             for (i, j), value in values[0][1].items():
                 assert line["matrix"][i][j] == pytest.approx(value, abs=6e-3)
             assert line.pop("chance") == 5 / 16 and line.pop("matrix")
+            assert np.allclose(line.pop("shares"), values[0][2], atol=6e-4)
+            assert np.allclose(line.pop("weights"), sizes / sizes.sum(), atol=6e-5)
         assert not line
 
 
@@ -152,7 +159,7 @@ def test_not_more_images_than_asked_for(monkeypatch):
 
     monkeypatch.setattr(separation, "geometry", note)
     list(separation.measure(checkpoint, model, data))
-    assert pools == [30, 30] and sizes == [[4, 4, 4]] * (2 * (7 + 3))
+    assert pools == [30, 30] and sizes == [[4, 4, 4]] * (2 * (8 + 3))
 
 
 @pytest.mark.parametrize("batch_size", [60, 20])
