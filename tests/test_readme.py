@@ -288,7 +288,7 @@ def test_the_separation_after_20_rounds_is_that_of_its_record():
         assert f"{middle:.3f} ({middle - half:.3f} to {middle + half:.3f})" in page
     for words, variant in (
         ("SSD's networks put {:.0f} %", "own"),
-        ("correlation {:.2f}", "average"),
+        ("images correlate by {:.2f}", "average"),
     ):
         (line,) = (line for line in lines("separation-round20") if is_of(line, "ssd", variant, 20))
         value = 100 * line["own_share"] if variant == "own" else correlation(line)
@@ -315,11 +315,13 @@ def test_what_results_and_the_readme_say_of_the_controls():
     assert f"keeps the whole lean, {kept}" in page
     assert f"{shares(ssd, 'own')[1]:.0f} % of ||z||^2 lie there on average" in readme
     average = "{:.0f} and {:.0f} %".format(*shares(ssd, "average"))
-    assert f"has a mean own share of {average}, as has" in page
+    assert f"mean own share near chance, the average {average}:" in page
     for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
         assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
     leaning = [line for line in lines("controls") if is_of(line, ssd, "average", 5)]
-    assert min(map(correlation, leaning)) > 0.97 and "the more images a client has, the more" in readme
+    assert (
+        min(map(correlation, leaning)) > 0.97 and "the more of them a client has, the more" in readme
+    )
     spreads = [np.std(line["shares"], 0).max() for line in leaning]
     assert max(spreads) < 0.01 and "treats all images alike" in page
     for row, variant, rounds in (
@@ -330,19 +332,20 @@ def test_what_results_and_the_readme_say_of_the_controls():
     ):
         found = [line for r in rounds for line in lines("controls") if is_of(line, row, variant, r)]
         values = sorted(map(correlation, found))
-        told_ends = f"by {values[0]:.2f} to {values[-1]:.2f}".replace("-", "−")
+        told_ends = f" {values[0]:.2f} to {values[-1]:.2f}".replace("-", "−")
         assert len(found) == 3 * len(rounds) and told_ends in page
-    for name, few in (("most images", False), ("three with the fewest (mean)", True)):
-        cells = []
-        for variant in (None, "own", "average", "average-equal"):
-            found = [line for line in lines("controls") if is_of(line, ssd, variant or "own", 5)]
-            means = []
-            for line in found:
-                order = np.argsort(line["weights"])
-                values = lean(line) if variant else np.array(line["weights"])
-                means.append(f"{100 * values[order[:3] if few else order[-1:]].mean():.0f}")
-            cells.append(", ".join(means))
-        assert f"{name} | {' | '.join(cells)} |" in page
+    for words, variant, few in (
+        ("has {} % of `z`, the three", "average", False),
+        ("fewest (2, 2, 3 % each) have {} %", "average", True),
+        ("With equal weights it is {} and", "average-equal", False),
+        ("and {} %: networks", "average-equal", True),
+        ("lean less themselves ({} %)", "own", True),
+    ):
+        found = [line for line in lines("controls") if is_of(line, ssd, variant, 5)]
+        orders = [np.argsort(line["weights"]) for line in found]
+        ends = [order[:3] if few else order[-1:] for order in orders]
+        means = [100 * lean(line)[end].mean() for line, end in zip(found, ends)]
+        assert words.format(", ".join(f"{mean:.0f}" for mean in means)) in page
     more = [f"{told(row, base, new, 2, 'apart')} more" for row in (ssd, common)]
     apart = sum(controls(base, new, 2, "apart").values()) / 3
     assert f"is {apart:.3f} for the baseline, {more[0]} for SSD and {more[1]} with a common" in page
