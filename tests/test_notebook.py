@@ -55,7 +55,8 @@ def check(text):
     for name, line in re.findall(r"(\w+): the average's share in .*: (.*)", text):
         lean = [int(share) for share in re.findall(r"(\d+) %", line)]
         assert len(lean) == 3 and 98 <= sum(lean) <= 102
-        assert lean[1] > lean[0] > lean[2] + 5 if name == "SSD" else max(lean) - min(lean) < 5
+        least = min(lean[:2]) - lean[2]  # client 2 has the fewest images
+        assert least > 5 if name == "SSD" else max(lean) - min(lean) < 15
     assert max(shares["FedAlignUniform"]) < 50 < 60 < min(shares["SSD"])
     rows = [[*map(int, row.split())] for row in re.findall(r"network of client \d([ \d]+)", text)]
     assert len(rows) == 3 and all(50 < share for row in rows for share in row)

@@ -319,9 +319,7 @@ def test_what_results_and_the_readme_say_of_the_controls():
     for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
         assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
     leaning = [line for line in lines("controls") if is_of(line, ssd, "average", 5)]
-    assert (
-        min(map(correlation, leaning)) > 0.97 and "the more of them a client has, the more" in readme
-    )
+    assert min(map(correlation, leaning)) > 0.97 and "the more of z lies in its" in readme
     spreads = [np.std(line["shares"], 0).max() for line in leaning]
     assert max(spreads) < 0.01 and "treats all images alike" in page
     for row, variant, rounds in (

@@ -275,7 +275,7 @@ def test_the_script_measures_once_and_prints_mean_spread_and_differences(capsys)
     assert printed.endswith(capsys.readouterr().out) and printed.count("measured") == 4
     lines = [json.loads(line) for line in Path("controls.jsonl").read_text().splitlines()]
     names = {"run": "runs/pd-seed1", "row": "pd", "seed": 1, "round": 1, "epochs": 1}
-    assert len(lines) == 4 * 16 and sum(names.items() <= line.items() for line in lines) == 16
+    assert len(lines) == 4 * 18 and sum(names.items() <= line.items() for line in lines) == 18
     ssd, pd = (
         [line["inter"] for line in lines if (line["row"], line["variant"], line["space"]) == key]
         for key in (("ssd", "average", "z"), ("pd", "average", "z"))
