@@ -348,6 +348,7 @@ def test_what_results_and_the_readme_say_of_the_controls():
     apart = sum(controls(base, new, 2, "apart").values()) / 3
     assert f"is {apart:.3f} for the baseline, {more[0]} for SSD and {more[1]} with a common" in page
     assert f"In `z` it is {told(ssd, base, 'average', 2)}, and with" in page
+    assert f"5 rounds: {told(ssd, base, 'average-equal', 5, 'total')} against" in page
     for space, r in itertools.product("hz", (2, 5)):
         which = new, r, "total", space
         values = controls(base, *which).values()
