@@ -28,7 +28,6 @@ STYLE = {  # a light card of its own: it reads the same on a light and on a dark
     "axes.spines.right": False,
     "svg.hashsalt": "0",  # the same file again from the same runs
     "svg.fonttype": "none",
-    "path.simplify": False,  # it would drop the dots
 }
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444", "#888888"]
 
