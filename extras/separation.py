@@ -11,8 +11,8 @@ checkpoint, variant and space (h, z), and a checkpoint that it holds is not meas
     cosine                of two clients' mean directions, mean over the pairs of clients
     own_share             of ||z||^2, in the client's own dimensions, those that d_k scales
 
-One network that treats all images alike has a mean own share of at most 1 / K, however it leans.
-Where it leans, shares (K, K) tells: of ||z||^2 of client i's images, in client j's dimensions.
+If the d_k differ, a network that treats all images alike has a mean own share of at most 1 / K.
+Where it leans shares (K, K) tells: of ||z||^2 of client i's images, in client j's dimensions.
 Lines of z with shares have matrix, -log E_ij, and weights, each client's share of the images, too.
 """
 
