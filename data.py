@@ -1,7 +1,6 @@
 """Images in memory, a non-IID split over clients, and two random views of every image.
 
-Labels split the data and serve to evaluate; training never sees them. Views are computed on whole
-batches, on the images' own device.
+Labels split and evaluate; training never sees them. Views: of whole batches, on their own device.
 Needs torch, torchvision, numpy; copies into another project as it is. There:
 
     >>> images = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8)   # yours
@@ -118,13 +117,12 @@ def read_images(paths):
     for path in paths:
         try:
             with Image.open(path) as image:
-                if image.mode[0] in "IF":  # which RGB would cut off at 255
-                    raise ValueError("more than 8 bits a channel")
-                image = image.convert("RGB")
-            images.append(TF.pil_to_tensor(TF.center_crop(TF.resize(image, 32), 32)))
+                if image.mode[0] in "IF":  # more bits: RGB would cut off at 255
+                    raise ValueError(image.mode)
+                image = TF.center_crop(TF.resize(image.convert("RGB"), 32), 32)
+            images.append(TF.pil_to_tensor(image))
         except Exception as error:
-            what = "does not decode as an image of 8 bits a channel: remove or convert it"
-            raise ValueError(f"{path} {what}") from error
+            raise ValueError(f"{path} does not decode as an image of 8 bits: remove it") from error
     return torch.stack(images)
 
 
@@ -194,8 +192,7 @@ def dirichlet_split(labels, num_clients, alpha, seed=0, min_size=10, max_redraws
         need = f"{num_clients} clients of {min_size} samples need more than {len(labels)}"
         raise ValueError(f"{need}: take fewer clients or more images")
     rng = np.random.default_rng(seed)
-    by_class = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    best = 0
+    by_class, best = [np.flatnonzero(labels == c) for c in np.unique(labels)], 0
     for _ in range(max_redraws):
         shares = rng.dirichlet(np.full(num_clients, alpha), len(by_class)).cumsum(1)[:, :-1]
         cuts = [(share * len(index)).astype(int) for share, index in zip(shares, by_class)]
@@ -280,8 +277,7 @@ def draw_params(n, height, width, generator, scale=(0.08, 1.0)):
     top, left = (rand() * (height - h + 1)).floor(), (rand() * (width - w + 1)).floor()
     box = torch.stack([top, left, h, w], 1)
     tall, wide = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    centred = [(height - tall) // 2, (width - wide) // 2, tall, wide]
-    box[~fits.any(1)] = box.new_tensor(centred)
+    box[~fits.any(1)] = box.new_tensor([(height - tall) // 2, (width - wide) // 2, tall, wide])
     jittered, flip = rand() < 0.8, rand() < 0.5
     factor = torch.where(jittered[:, None], 0.2 + 1.6 * rand(3), 1.0)
     turn = torch.where(jittered, 0.4 * rand() - 0.2, 0.0)

@@ -169,8 +169,7 @@ def effective_rank(h):
 def encode(model, images, amp=False):
     """Frozen features h, u (N, D), float32, of images (N, 3, H, W), uint8 or float in [0, 1].
 
-    A model that returns h alone has no projector: u is h. BatchNorm uses its running statistics;
-    amp: bfloat16 autocast.
+    A model that returns h alone: u is h. BatchNorm's statistics: the running ones. amp: bfloat16.
     """
     device = next(model.parameters()).device
     modes, features = [(module, module.training) for module in model.modules()], []
@@ -179,8 +178,7 @@ def encode(model, images, amp=False):
         batch = batch.to(device) if batch.is_floating_point() else unit_range(batch.to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             out = model(batch)
-        h, u = (out, out) if torch.is_tensor(out) else out
-        features.append([h.float(), u.float()])
+        features.append([v.float() for v in ((out, out) if torch.is_tensor(out) else out)])
     for module, mode in modes:  # one that was frozen stays so
         module.training = mode
     return tuple(torch.cat(part) for part in zip(*features))

@@ -55,9 +55,8 @@ def federated_round(
                       the model holds the global weights, which it may change for k (FedBN)
     Returns {"clients": [k ...], "left_out": [k ...], "terms": {name: mean over the clients,
     weighted by samples}}. A client whose loss or weights are not finite is left out of all means;
-    FloatingPointError if all are. Afterwards the model is in training mode: model.eval() before
-    you score it; an interrupt leaves in it the weights of the client that trained.
-    Under torch.distributed the processes, which start with the same weights, share the clients.
+    FloatingPointError if all are. The model is left in training mode, by an interrupt with the
+    client's weights. Processes of torch.distributed start with equal weights, share the clients.
     """
     rank, world = processes()
     if average and world > 1:
@@ -206,16 +205,14 @@ def processes():
 
 def gather(reports):
     """All processes' reports in one dict."""
-    if not dist.is_initialized():
-        return reports
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, reports)
+    parts = [reports] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, reports)
     return {k: report for part in parts for k, report in part.items()}
 
 
 if __name__ == "__main__":
-    # Each client holds copies of one number x; its loss (w - x)^2 / 2 wants w = x. FedAvg must find
-    # the mean of all samples, (6 * 1 + 3 * 4 + 12) / 10 = 3; lr 0.5 halves the distance a round.
+    # A client's loss (w - x)^2 / 2 wants w = x, its number; lr 0.5 halves the distance a round.
     numbers, owners = torch.tensor([1.0] * 6 + [4.0] * 3 + [12.0]), [range(6), range(6, 9), [9]]
     net = torch.nn.ParameterList([torch.zeros(())])
 

@@ -159,9 +159,8 @@ def main():
     east, north, west = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).split(1)
     for name, other in (("at a right angle", north), ("opposite", west)):
         align, uniform = align_loss(east, other), uniform_loss(torch.cat([east, other]))
-        print(
-            f"two points {name}: align {align:.0f}, distance^2; uniform {uniform:.0f}, -t times it"
-        )
+        print(f"two points {name}: align {align:.0f}, distance^2; ", end="")
+        print(f"uniform {uniform:.0f}, -t times it")
     dsr = dsr_loss(torch.tensor([[0.6, 0.8]]), torch.tensor([10.0, 1.0]))
     print("z (0.6, 0.8), d_k (10, 1): z * d_k = (6, 0.8), on the sphere (0.991, 0.132)")
     print(f"dsr {dsr:.3f} = 0.391^2 + 0.668^2")

@@ -111,7 +111,5 @@ if __name__ == "__main__":
         net = SSDNet(width)
         h, u = net(torch.rand(2, 3, 32, 32))
         millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in net.children()]
-        print(
-            f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}; ", end=""
-        )
-        print("parameters: encoder {:.2f} M, projector {:.2f} M".format(*millions))
+        print(f"width {width}: x (2, 3, 32, 32) -> h {tuple(h.shape)}, u {tuple(u.shape)}", end="")
+        print("; parameters: encoder {:.2f} M, projector {:.2f} M".format(*millions))

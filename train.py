@@ -33,8 +33,7 @@ from federated import gather, keyed_generator, processes, train_federated
 from losses import scaling_vectors, ssd_loss
 from model import SSDNet, load_checkpoint
 
-# The rows of the paper's ablation, as weights: gamma of DSR, delta of distillation.
-# hsd, besides, replaces z by losses.hard_separation.
+# Rows of the paper's ablation: gamma of DSR, delta of distillation; hsd has hard_separation for z.
 METHODS = {
     "fedalignuniform": {"gamma": 0.0, "delta": 0.0},
     "pd": {"gamma": 0.0, "delta": 0.1},
@@ -43,9 +42,8 @@ METHODS = {
     "hsd": {"gamma": 0.0, "delta": 0.0},
 }
 # What a run is: flags beside --resume may change the others.
-RUN = (
-    "method dataset limit clients alpha split_file seed width projector out beta gamma delta scale"
-)
+RUN = "method dataset limit clients alpha split_file seed width projector out "
+RUN += "beta gamma delta scale"
 MONITOR_TRAIN, MONITOR_TEST = 2000, 1000  # images of each round's kNN; eval.py takes all
 TERMINAL = sys.stdout.isatty()
 CLEAR = "\r\033[K" if TERMINAL else ""  # wipes the line that shows who trains
