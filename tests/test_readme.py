@@ -315,13 +315,13 @@ def test_what_results_and_the_readme_say_of_the_controls():
     assert f"keeps the whole lean, {kept}" in page
     leans = [100 * lean(line) for line in lines("controls") if is_of(line, ssd, "own", 5)]
     ends = f"{np.min(leans):.0f} to {np.max(leans):.0f}"
-    assert f"{shares(ssd, 'own')[1]:.0f} % of ||z||^2 lie there, {ends} (orange)" in readme
+    assert f"puts {shares(ssd, 'own')[1]:.0f} % of ||z||^2 there ({ends}; orange)" in readme
     average = "{:.0f} and {:.0f} %".format(*shares(ssd, "average"))
     assert f"mean own share near chance, the average {average}." in page
     for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
         assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
     leaning = [line for line in lines("controls") if is_of(line, ssd, "average", 5)]
-    assert min(map(correlation, leaning)) > 0.97 and "the more images a client has" in readme
+    assert min(map(correlation, leaning)) > 0.97 and "the more images the client has" in readme
     found = [line for r in (2, 5) for line in lines("controls") if is_of(line, ssd, "average", r)]
     alike = max(100 * np.ptp(line["shares"], 0).max() for line in found)
     assert f"treats all images alike, within {alike:.1f} points" in page
