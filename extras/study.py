@@ -257,14 +257,14 @@ def renew(page):
     KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
     of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
     crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py,
-    without the round's beginning and equal weights.
+    without next-network, equal weights and the round's beginning.
     """
 
     def fill(block):
         (kind, files), found, own = block.groups(), {}, {}
         if kind == "crosswise":
             lines = [json.loads(line) for line in (ROOT / files).open()]
-            left_out = "average-equal", "start", "start-recalibrated"
+            left_out = "average-equal", "next-network", "start", "start-recalibrated"
             lines = [line for line in lines if line["variant"] not in left_out]
             made = crosswise(lines, next(iter(CROSSWISE)), lines[0]["row"])
             return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"

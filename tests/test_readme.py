@@ -159,7 +159,7 @@ def test_the_tables_of_results_are_those_of_their_records():
     marks = re.findall(r"<!-- .*\.jsonl -->", RESULTS)
     shown = set(re.findall(r"assets/(\S+\.jsonl)", " ".join(marks)))
     records = {file.name for file in (ROOT / "assets").glob("*.jsonl")}
-    others = {name for name in records if name.startswith(("separation", "first_run"))}
+    others = {name for name in records if name.startswith("first_run")}
     assert len(shown) > 9 and shown == records - others
     assert study.renew(RESULTS) == RESULTS, "python extras/study.py extras/RESULTS.md"
     assert len(RESULTS.encode()) <= 36 * 1024
@@ -274,68 +274,50 @@ def controls(row, variant, r, key="inter", space="z"):
     return apart if key == "apart" else {line["seed"]: line[key] for line in found}
 
 
-def test_the_separation_after_20_rounds_is_that_of_its_record():
-    """What averaging takes from the inter-client value of z; own share and lean of seed 0."""
-    rows, page = {}, " ".join(RESULTS.split())
-    for line in map(json.loads, (ROOT / "assets/separation.jsonl").open()):
-        if line["part"] == "z":
-            run, seed = line["run"].split("/")[-1].rsplit("-seed")
-            rows.setdefault(run, {}).setdefault(line["when"], {})[seed] = line["inter"]
-    for row in ("ssd", "ssd-gamma-0.2", "fedalignuniform"):
-        own, average = rows[row]["before"], rows[row]["after"]
-        middle, half = study.interval([own[seed] - average[seed] for seed in own])
-        assert len(own) == 3
-        assert f"{middle:.3f} ({middle - half:.3f} to {middle + half:.3f})" in page
-    for words, variant in (
-        ("SSD's networks put {:.0f} %", "own"),
-        ("images correlate by {:.2f}", "average"),
-    ):
-        (line,) = (line for line in lines("separation-round20") if is_of(line, "ssd", variant, 20))
-        value = 100 * line["own_share"] if variant == "own" else correlation(line)
-        assert words.format(value) in page
-
-
 def test_what_results_and_the_readme_say_of_the_controls():
     page, base, new = " ".join(RESULTS.split()), "fedalignuniform", "average-recalibrated"
+    ssd, common, rounds, readme = "ssd", "ssd-common", (2, 5, 20), " ".join(README.split())
 
     def shares(row, variant):
-        means = [controls(row, variant, r, "own_share").values() for r in (2, 5)]
+        means = [controls(row, variant, r, "own_share").values() for r in rounds]
         return [100 * sum(values) / len(values) for values in means]
 
     def told(row, other, *which):
         one, two = controls(row, *which), controls(other, *which)
         return study.cell([one[seed] - two[seed] for seed in one if seed in two], 3, True)
 
-    ssd, common, readme = "ssd", "ssd-common", " ".join(README.split())
-    own, same, kept = (
-        f"{a:.0f} and {b:.0f} %"
-        for a, b in (shares(ssd, "own"), shares(ssd, "same-images"), shares(common, "average"))
-    )
-    assert f"SSD's local networks put {own} of `z`" in page and f"of test images ({same})" in page
-    assert f"keeps the whole lean, {kept}" in page
-    leans = [100 * lean(line) for line in lines("controls") if is_of(line, ssd, "own", 5)]
-    ends = f"{np.min(leans):.0f} to {np.max(leans):.0f}"
-    assert f"puts {shares(ssd, 'own')[1]:.0f} % of ||z||^2 there ({ends}; orange)" in readme
-    average = "{:.0f} and {:.0f} %".format(*shares(ssd, "average"))
-    assert f"mean own share near chance, the average {average}." in page
+    def those(row, variant, *rounds):
+        found = [line for r in rounds for line in lines("controls") if is_of(line, row, variant, r)]
+        assert len(found) == 3 * len(rounds)
+        return found
+
+    for words, row, variant in (
+        ("SSD's local networks put {} of `z`", ssd, "own"),
+        ("of test images ({})", ssd, "same-images"),
+        ("mean own share near chance, the average {}.", ssd, "average"),
+        ("keeps the whole lean, {}.", common, "average"),
+    ):
+        assert words.format("{:.0f}, {:.0f} and {:.0f} %".format(*shares(row, variant))) in page
     for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
-        assert max(abs(share - 9.375) for share in shares(row, variant)) < 1  # 12 of 128
-    leaning = [line for line in lines("controls") if is_of(line, ssd, "average", 5)]
-    assert min(map(correlation, leaning)) > 0.97 and "the more images the client has" in readme
-    found = [line for r in (2, 5) for line in lines("controls") if is_of(line, ssd, "average", r)]
+        assert max(abs(share - 9.375) for share in shares(row, variant)) < 1.5  # 12 of 128
+    leans = [100 * lean(line) for line in those(ssd, "own", 20)]
+    ends = f"{np.min(leans):.0f} to {np.max(leans):.0f}"
+    assert f"puts {shares(ssd, 'own')[2]:.0f} % of ||z||^2 there ({ends}; orange)" in readme
+    assert "the more images the client has" in readme
+    found = those(ssd, "average", *rounds)
+    assert min(map(correlation, found)) > 0.94
     alike = max(100 * np.ptp(line["shares"], 0).max() for line in found)
     assert f"treats all images alike, within {alike:.1f} points" in page
-    for row, variant, rounds in (
+    for row, variant, when in (
         (ssd, "average", [2]),
         (ssd, "average", [5]),
-        (ssd, "average-equal", [5]),
+        (ssd, "average", [20]),
+        (ssd, "average-equal", [20]),
         ("ssd-gamma-0.2", "average", [2, 5]),
-        (base, "average", [2, 5]),
+        (base, "average", rounds),
     ):
-        found = [line for r in rounds for line in lines("controls") if is_of(line, row, variant, r)]
-        values = sorted(map(correlation, found))
-        told_ends = f" {values[0]:.2f} to {values[-1]:.2f}".replace("-", "−")
-        assert len(found) == 3 * len(rounds) and told_ends in page
+        values = sorted(map(correlation, those(row, variant, *when)))
+        assert f" {values[0]:.2f} to {values[-1]:.2f}".replace("-", "−") in page
     for words, variant, few in (
         ("has {} % of `z`, the three", "average", False),
         ("fewest (2, 2, 3 % each) have {} %", "average", True),
@@ -343,7 +325,7 @@ def test_what_results_and_the_readme_say_of_the_controls():
         ("and {} %, the correlation", "average-equal", True),
         ("lean less ({} %)", "own", True),
     ):
-        found = [line for line in lines("controls") if is_of(line, ssd, variant, 5)]
+        found = those(ssd, variant, 20)
         orders = [np.argsort(line["weights"]) for line in found]
         ends = [order[:3] if few else order[-1:] for order in orders]
         means = [100 * lean(line)[end].mean() for line, end in zip(found, ends)]
@@ -352,16 +334,20 @@ def test_what_results_and_the_readme_say_of_the_controls():
     apart = sum(controls(base, new, 2, "apart").values()) / 3
     assert f"is {apart:.3f} for the baseline, {more[0]} for SSD and {more[1]} with a common" in page
     assert f"In `z` it is {told(ssd, base, 'average', 2)}, and with" in page
-    assert f"5 rounds: {told(ssd, base, 'average-equal', 5, 'total')} against" in page
-    for space, r in itertools.product("hz", (2, 5)):
+    for row, words in ((ssd, "it takes {} from"), (base, "of SSD's `z`, {} from")):
+        own, average = (controls(row, variant, 20) for variant in ("own", "average"))
+        lost = study.cell([own[seed] - average[seed] for seed in own], 3, True).replace("+", "")
+        assert len(own) == 3 and words.format(lost) in page
+    assert f"rounds by {told(ssd, base, 'average-equal', 20, 'total')} against the" in page
+    for space, r in itertools.product("hz", rounds):
         which = new, r, "total", space
         values = controls(base, *which).values()
         cells = [f"{sum(values) / 3:.3f}"]
         cells += [told(*pair, *which) for pair in ((ssd, base), (common, base), (ssd, common))]
         assert len(values) == 3 and f"| {space}, round {r} | {' | '.join(cells)} |" in page
         one, two = controls(ssd, *which), controls(common, *which)
-        middle, half = study.interval([one[seed] - two[seed] for seed in one])
-        assert abs(middle) > half  # leaves out zero
+        middle, half = study.interval([one[seed] - two[seed] for seed in one if seed in two])
+        assert (abs(middle) > half) == (r < 20) and (middle < 0) == (space == "h")  # zero left out
 
 
 def test_the_forest_is_that_of_the_records_and_of_the_papers_tables():
