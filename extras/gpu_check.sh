@@ -2,10 +2,10 @@
 # What only a CUDA GPU can say, in calls of at most ten minutes; each prints as it goes and leaves
 # small records in $OUT, so that one that is cut off still counts:
 #
-#     extras/gpu_check.sh speed      # tests of the step, benchmark
+#     extras/gpu_check.sh speed      # benchmark, tests of the step
 #     extras/gpu_check.sh regime     # regime R of RESULTS.md and its controls, ten runs at a time
-#     extras/gpu_check.sh paper      # the paper's setting, three runs side by side, as far as it gets
-#     extras/gpu_check.sh central    # all images in one place, width 64: a bound, 100 epochs or fewer
+#     extras/gpu_check.sh paper      # 15 of the paper's 100 rounds (PAPER=15), three runs side by side
+#     extras/gpu_check.sh central    # all images in one place, width 64, 100 epochs: a bound
 #
 # Each part has a time limit and a file of output in $OUT; one that fails stops no other. The same
 # call goes on where it was cut off. DEVICE=cpu and small FLAGS rehearse it all without a GPU.
@@ -35,18 +35,10 @@ study() {  # name, seconds, flags, rows: all seeds' runs to the end of the flags
     [ ! -e "runs/$4/scores.jsonl" ] || cp "runs/$4/scores.jsonl" "$OUT/$4.jsonl"
 }
 
-score() {  # a folder's runs as they are, where the study was cut off before it scored them
-    [ ! -e "runs/$1/scores.jsonl" ] || return 0
-    for run in runs/"$1"/*-seed?; do
-        part "$1-$(basename "$run")" 60 python3 eval.py "$run/last.pt" --finetune --device "$DEVICE"
-    done
-    tail -n 1 runs/"$1"/*-seed?/{eval,metrics}.jsonl >"$OUT/$1.txt"
-}
-
 case "${1:-}" in
 speed)
-    part tests 120 python3 -m pytest -q tests/test_step.py
     part bench 300 python3 extras/bench.py --device "$DEVICE" $BENCH
+    part tests 300 python3 -m pytest -q tests/test_step.py
     ;;
 regime)
     for r in $ROUNDS; do
@@ -63,14 +55,12 @@ regime)
     done
     ;;
 paper)
-    SEEDS=0 study train-paper "$((ALL - 90))" "--rounds 100" paper \
+    SEEDS=0 study train-paper "$ALL" "--rounds ${PAPER:-15}" paper \
         fedalignuniform ssd "ssd --gamma 0.05"
-    score paper
     ;;
 central)
-    SEEDS=0 study train-central 300 "--clients 1 --rounds 100 --local-epochs 1" central \
+    SEEDS=0 study train-central "$ALL" "--clients 1 --rounds 100 --local-epochs 1" central \
         fedalignuniform
-    score central
     ;;
 *)
     sed -n '2,12s/^# \{0,1\}//p' "$0"

@@ -166,8 +166,8 @@ def differences(studies, base):
         for row in (row for row in rows if row != base):
             pairs = {seed: (run, own[seed]) for seed, run in rows[row].items() if seed in own}
             for seed, (a, b) in pairs.items():
-                new = {key: a[key] - b[key] for key in keys if key in a and key in b}
-                found.setdefault(row, {}).setdefault(seed, new)
+                if new := {key: a[key] - b[key] for key in keys if key in a and key in b}:
+                    found.setdefault(row, {}).setdefault(seed, new)
     return found
 
 
@@ -256,16 +256,16 @@ def renew(page):
 
     KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
     of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
-    crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py,
-    without next-network, equal weights and the round's beginning.
+    crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py: four
+    of its variants, in runs of one local epoch.
     """
 
     def fill(block):
         (kind, files), found, own = block.groups(), {}, {}
         if kind == "crosswise":
             lines = [json.loads(line) for line in (ROOT / files).open()]
-            left_out = "average-equal", "next-network", "start", "start-recalibrated"
-            lines = [line for line in lines if line["variant"] not in left_out]
+            shown = "own", "average", "same-images", "one-network"
+            lines = [x for x in lines if x["variant"] in shown and x["epochs"] == 1]
             made = crosswise(lines, next(iter(CROSSWISE)), lines[0]["row"])
             return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"
         row, _, asked = kind.partition(" minus ")

@@ -392,6 +392,35 @@ def test_what_results_says_beside_its_tables():
     assert "in rounds 2 to 5 of every seed on the H200, and in none from round 7 on" in page
 
 
+def test_what_results_says_of_the_papers_setting():
+    page, base, low = " ".join(RESULTS.split()), "fedalignuniform", "ssd --gamma 0.05"
+    runs = {row: seeds[0] for row, seeds in scores("paper").items()}
+    minus = {
+        (row, key): [a - b for a, b in zip(runs[row][f"{key}_rounds"], runs[base][f"{key}_rounds"])]
+        for row, key in itertools.product(("ssd", low), study.CURVES)
+    }
+    assert {len(values) for values in minus.values()} == {13}
+    assert all(value > 0 for row in ("ssd", low) for value in minus[row, "uniformity_h"][1:])
+    below, above = (sorted(map(abs, minus[row, "uniformity_z"][4:])) for row in ("ssd", low))
+    assert min(minus["ssd", "uniformity_z"][4:]) > 0 > max(minus[low, "uniformity_z"][4:])
+    assert f"`z` is {below[0]:.3f} to {below[-1]:.3f} below the baseline's" in page
+    assert f"with γ = 0.05 {above[0]:.3f} to {above[-1]:.3f} above" in page
+    knn = [runs[row]["knn_rounds"][-1] for row in ("ssd", low, base)]
+    assert "kNN is {} and {} % at the end, the baseline's {}.".format(*knn) in page
+    assert f"Alignment, {runs[base]['alignment_z']:.2f} for the baseline" in page
+    assert minus["ssd", "align"][4] > 0 > max(minus["ssd", "align"][5:])
+    found = [line for line in lines("controls") if line["epochs"] == 5 and line["row"] != base]
+    own, same, average = (
+        next(line for line in found if is_of(line, "ssd-gamma-0.05", variant, 13))
+        for variant in ("own", "same-images", "average")
+    )
+    told = f"with {100 * own['own_share']:.0f} % of `z` in own dimensions, of test images "
+    told += f"{100 * same['own_share']:.0f} %; in the average the client with "
+    most = np.argmax(average["weights"])
+    part, share = 100 * average["weights"][most], 100 * lean(average)[most]
+    assert f"{told}{part:.0f} % of the images has {share:.0f} %." in page
+
+
 def test_what_results_says_of_the_first_run():
     runs = {}
     for line in map(json.loads, (ROOT / "assets/first_run.jsonl").open()):
