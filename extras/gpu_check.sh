@@ -4,7 +4,7 @@
 #
 #     extras/gpu_check.sh speed      # benchmark, tests of the step
 #     extras/gpu_check.sh regime     # regime R of RESULTS.md and its controls, ten runs at a time
-#     extras/gpu_check.sh paper      # 15 of the paper's 100 rounds (PAPER=15), three runs side by side
+#     extras/gpu_check.sh paper      # 13 of the paper's 100 rounds, three runs side by side
 #     extras/gpu_check.sh central    # all images in one place, width 64, 100 epochs: a bound
 #
 # Each part has a time limit and a file of output in $OUT; one that fails stops no other. The same
@@ -17,7 +17,9 @@ DATASET="${DATASET:-data/cifar10-jpeg}" FLAGS="${FLAGS:---compile}" BENCH="${BEN
 SEEDS="${SEEDS:-0 1 2}" ROUNDS="${ROUNDS:-2 5 20}"            # of regime R, whose rounds are kept
 common="--dataset $DATASET --device $DEVICE --clients 10 --alpha 0.1"
 mkdir -p "$OUT"
-[ "$DEVICE" = cpu ] || nvidia-cuda-mps-control -d             # several processes share the GPU
+if [ "$DEVICE" != cpu ]; then # several processes share the GPU
+    nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control' EXIT
+fi
 
 part() {  # name, seconds, command; at most until $ALL seconds after the start
     local name=$1 limit=$2 left=$((ALL - SECONDS)) start=$SECONDS status=0
@@ -32,7 +34,7 @@ part() {  # name, seconds, command; at most until $ALL seconds after the start
 study() {  # name, seconds, flags, rows: all seeds' runs to the end of the flags' rounds, scored
     part "$1" "$2" python3 extras/study.py "runs/$4" --jobs "$JOBS" --rows "${@:5}" \
         --seeds $SEEDS --evaluation=--finetune -- $common $3 $FLAGS
-    [ ! -e "runs/$4/scores.jsonl" ] || cp "runs/$4/scores.jsonl" "$OUT/$4.jsonl"
+    tail -n 100 runs/"$4"/{*/metrics,*/eval,scores}.jsonl >"$OUT/$4.txt" 2>&1
 }
 
 case "${1:-}" in
@@ -55,7 +57,7 @@ regime)
     done
     ;;
 paper)
-    SEEDS=0 study train-paper "$ALL" "--rounds ${PAPER:-15}" paper \
+    SEEDS=0 study train-paper "$ALL" "--rounds ${PAPER:-13}" paper \
         fedalignuniform ssd "ssd --gamma 0.05"
     ;;
 central)

@@ -256,7 +256,7 @@ def renew(page):
 
     KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
     of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
-    crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py: four
+    crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py: three
     of its variants, in runs of one local epoch.
     """
 
@@ -264,7 +264,7 @@ def renew(page):
         (kind, files), found, own = block.groups(), {}, {}
         if kind == "crosswise":
             lines = [json.loads(line) for line in (ROOT / files).open()]
-            shown = "own", "average", "same-images", "one-network"
+            shown = "own", "average", "same-images"
             lines = [x for x in lines if x["variant"] in shown and x["epochs"] == 1]
             made = crosswise(lines, next(iter(CROSSWISE)), lines[0]["row"])
             return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"

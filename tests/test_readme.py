@@ -298,7 +298,7 @@ def test_what_results_and_the_readme_say_of_the_controls():
         ("keeps the whole lean, {}.", common, "average"),
     ):
         assert words.format("{:.0f}, {:.0f} and {:.0f} %".format(*shares(row, variant))) in page
-    for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
+    for row, variant in ((base, "own"), (base, "average"), (ssd, "average")):
         near = shares(row, variant)[: 2 if (row, variant) == (ssd, "average") else 3]
         assert max(abs(share - 9.375) for share in near) < 1  # 12 of 128
     more = [np.diagonal(x["shares"]).mean() - lean(x).mean() for x in those(ssd, "average", 20)]
@@ -407,18 +407,23 @@ def test_what_results_says_of_the_papers_setting():
     assert f"with γ = 0.05 {above[0]:.3f} to {above[-1]:.3f} above" in page
     knn = [runs[row]["knn_rounds"][-1] for row in ("ssd", low, base)]
     assert "kNN is {} and {} % at the end, the baseline's {}.".format(*knn) in page
-    assert f"Alignment, {runs[base]['alignment_z']:.2f} for the baseline" in page
+    assert f"LP is {runs[base]['linear_probe']:.2f} for the baseline, the paper's 80.84" in page
     assert minus["ssd", "align"][4] > 0 > max(minus["ssd", "align"][5:])
+    wide = {row: scores("wide")[row][0] for row in ("ssd", base)}
+    log, scored = ([wide[row][key] for row in wide] for key in ("align_rounds", "alignment_z"))
+    assert log[0][-1] < log[1][-1] and scored[0] > scored[1]
     found = [line for line in lines("controls") if line["epochs"] == 5 and line["row"] != base]
     own, same, average = (
         next(line for line in found if is_of(line, "ssd-gamma-0.05", variant, 13))
         for variant in ("own", "same-images", "average")
     )
-    told = f"with {100 * own['own_share']:.0f} % of `z` in own dimensions, of test images "
-    told += f"{100 * same['own_share']:.0f} %; in the average the client with "
+    told = f"have {100 * own['own_share']:.0f} % of `z` in own dimensions, of test images "
+    told += f"{100 * same['own_share']:.0f} %, small clients' below chance; in the average the"
+    small = np.argsort(own["weights"])[:3]
+    assert max(lean(own)[small]) < own["chance"]
     most = np.argmax(average["weights"])
     part, share = 100 * average["weights"][most], 100 * lean(average)[most]
-    assert f"{told}{part:.0f} % of the images has {share:.0f} %." in page
+    assert f"{told} client with {part:.0f} % of the images has {share:.0f} %." in page
 
 
 def test_what_results_says_of_the_first_run():
