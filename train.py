@@ -97,7 +97,7 @@ def build_parser(methods=METHODS):
         help="of all draws but of --limit, patterns, the log's kNN (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=switch, help="bfloat16 (where it is fast)")
-    add("--compile", action=switch, default=False, help="on a GPU 5 x as fast after a minute (off)")
+    add("--compile", action=switch, default=False, help="faster on a GPU, after a minute (off)")
     add("--out", help="run folder (a new one under runs/)")
     add("--resume", metavar="LAST_PT", help="go on with a run; --rounds, --lr ... may change")
     return parser

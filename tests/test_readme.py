@@ -298,7 +298,7 @@ def test_what_results_and_the_readme_say_of_the_controls():
         ("keeps the whole lean, {}.", common, "average"),
     ):
         assert words.format("{:.0f}, {:.0f} and {:.0f} %".format(*shares(row, variant))) in page
-    for row, variant in ((base, "own"), (base, "average"), (ssd, "average")):
+    for row, variant in ((base, "own"), (base, "average"), (ssd, "average"), (ssd, "one-network")):
         near = shares(row, variant)[: 2 if (row, variant) == (ssd, "average") else 3]
         assert max(abs(share - 9.375) for share in near) < 1  # 12 of 128
     more = [np.diagonal(x["shares"]).mean() - lean(x).mean() for x in those(ssd, "average", 20)]
