@@ -1,12 +1,15 @@
 """eval.py: every measure against a slow oracle or a value known by hand."""
 
+import inspect
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 
 import eval as evaluation
 from data import Images, draw_patterns, two_views
@@ -82,6 +85,68 @@ def test_labels_in_a_column_are_refused_and_not_compared_with_every_row(measure)
         measure(h, y, h, y[:, None], 1)
 
 
+PAPER = {  # of the protocols: Fang et al. 2025, supplement and code
+    linear_probe: {"epochs": 200, "lr": 3e-3, "batch_size": 512},
+    fine_tune: {"epochs": 200, "lr": 1e-3, "batch_size": 128},
+    knn_accuracy: {"k": 200, "temperature": 0.1},
+    uniformity: {"t": 2.0},
+    evaluation.evaluate: {"epochs": 200},
+}
+
+
+@pytest.mark.parametrize("function", PAPER)
+def test_the_protocols_defaults_are_the_papers(function):
+    parameters = inspect.signature(function).parameters
+    assert {name: parameters[name].default for name in PAPER[function]} == PAPER[function]
+    args = evaluation.build_parser().parse_args(["last.pt"])
+    assert args.epochs == 200 and args.finetune == [0.01, 0.1]
+
+
+def test_the_probe_is_200_epochs_of_adam_written_out():
+    h, test_h = features(600, 8), features(3000, 8, seed=1)
+    y, test_y = h[:, :3].argmax(1), test_h[:, :3].argmax(1)
+    w, b = torch.zeros(3, 8, requires_grad=True), torch.zeros(3, requires_grad=True)
+    mean = [torch.zeros(3, 8), torch.zeros(3)]
+    square = [torch.zeros(3, 8), torch.zeros(3)]
+    shuffle, step = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        for batch in torch.randperm(600, generator=shuffle).split(512):
+            step += 1
+            loss = F.cross_entropy(h[batch] @ w.T + b, y[batch])
+            for i, gradient in enumerate(torch.autograd.grad(loss, [w, b])):
+                mean[i] = 0.9 * mean[i] + 0.1 * gradient
+                square[i] = 0.999 * square[i] + 0.001 * gradient**2
+                size = (square[i] / (1 - 0.999**step)).sqrt() + 1e-8
+                with torch.no_grad():
+                    (w, b)[i].sub_(3e-3 * mean[i] / (1 - 0.9**step) / size)
+    expected = 100 * ((test_h @ w.T + b).argmax(1) == test_y).float().mean().item()
+    assert 80 < expected < 99  # not at an end where all protocols agree
+    assert linear_probe(h, y, test_h, test_y) == pytest.approx(expected, abs=0.1)
+
+
+def test_fine_tuning_takes_the_papers_optimiser_and_as_many_steps(monkeypatch):
+    made = []
+
+    class Spy(torch.optim.SGD):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.steps = 0
+            made.append(self)
+
+        def step(self):
+            super().step()
+            self.steps += 1
+
+    monkeypatch.setattr(torch.optim, "SGD", Spy)
+    x, y = light_and_dark(130)  # two batches of at most 128
+    fine_tune(SSDNet(1), x[:, :, :8, :8], y, x[:4, :, :8, :8], y[:4], epochs=3)
+    (optimizer,) = made
+    encoder, head = optimizer.param_groups
+    assert (encoder["lr"], head["lr"]) == (1e-3, 0.3)
+    assert encoder["momentum"] == head["momentum"] == 0.9
+    assert encoder["weight_decay"] == 0 and optimizer.steps == 3 * 2
+
+
 def test_a_stratified_subset_has_its_share_of_every_class():
     labels = torch.tensor([0] * 100 + [1] * 40 + [2] * 3)[torch.randperm(143)]
     chosen = stratified(labels, 0.1)
@@ -132,18 +197,31 @@ def test_fine_tuning_refuses_images_that_are_in_0_to_1_already():
         fine_tune(SSDNet(2), x.float() / 255, y, x, y, epochs=1)
 
 
-def test_fine_tuning_moves_the_encoder_of_a_copy_and_learns(monkeypatch):
-    net, seen = SSDNet(4).requires_grad_(False), []  # the copy learns, also of a frozen network
+def test_fine_tuning_learns_and_leaves_the_network_as_it_was():
+    net = SSDNet(4).requires_grad_(False)  # a copy learns, also of a frozen network
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    real = evaluation.encode
-    monkeypatch.setattr(evaluation, "encode", lambda m, *a: (seen.append(m), real(m, *a))[1])
     train, test = light_and_dark(60), light_and_dark(200)
     accuracy = fine_tune(net, *train, *test, epochs=20, batch_size=16)
     assert accuracy > 95
     assert accuracy == fine_tune(net, *train, *test, epochs=20, batch_size=16)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    for name, value in seen[-1].state_dict().items():  # the encoder alone
-        assert not torch.equal(value, before[f"encoder.{name}"]), name
+
+
+class TransformerLike(torch.nn.Module):
+    """A network with a part called encoder that is no encoder of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 8, 8, stride=8)
+        self.encoder = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.encoder(self.patches(x).mean((2, 3)))
+
+
+def test_a_network_of_another_kind_is_tuned_whole():
+    x, y = light_and_dark(40)
+    assert fine_tune(TransformerLike(), x, y, x, y, epochs=2) >= 50
 
 
 def test_fine_tuning_sees_crops_and_flips_of_the_images_and_no_other_colours():
@@ -227,12 +305,15 @@ def test_a_row_of_zeros_is_one_point_not_far_from_itself():
 def test_alignment_by_hand():
     east, north = torch.tensor([[3.0, 0]]), torch.tensor([[0, 0.2]])
     assert alignment(east, 2 * east) == 0 and alignment(east, north) == pytest.approx(2)
+    with pytest.raises(ValueError, match="alignment needs two"):
+        alignment(torch.ones(5, 8), torch.ones(1, 8))
 
 
 def test_effective_rank_by_hand():
     assert effective_rank(torch.ones(8, 5)) == pytest.approx(1)  # one direction
     assert effective_rank(torch.eye(4).repeat(3, 1)) == pytest.approx(4)  # four, equally strong
     rows = torch.tensor([[1.0, 0]] * 9 + [[0, 1.0]])  # singular values 3 and 1
+    assert effective_rank(torch.zeros(4, 3)) == 0
     p = np.array([0.75, 0.25])
     assert effective_rank(rows) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
 
@@ -251,156 +332,101 @@ def test_encoding_leaves_the_network_as_it_was():
         assert torch.allclose(h, net.eval()(images.float() / 255)[0], atol=1e-6)
 
 
+def test_encoding_that_fails_gives_the_modes_back():
+    net = SSDNet(2).train()
+    with pytest.raises(RuntimeError):
+        encode(net, torch.rand(4, 5, 8, 8))
+    assert all(module.training for module in net.modules())
+
+
 # ------------------------------------------------------------------ script
 
-
-@pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    """A run folder with an untrained network on few patterns, as train.py would have written it."""
-    monkeypatch.setattr(evaluation, "load_dataset", lambda name, root: draw_patterns(200, 100))
-    config = {"width": 4, "projector": True, "dataset": "patterns", "method": "ssd", "seed": 0}
-    config |= {"amp": False, "data_dir": "data"}
-    split = [torch.arange(0, 80), torch.arange(80, 150)]
-    content = {"config": config, "split": split, "history": [{}] * 3}
-    torch.save({**content, "model": SSDNet(4).state_dict()}, tmp_path / "last.pt")
-    return tmp_path / "last.pt"
+FAST = ["--epochs", "1", "--device", "cpu", "--finetune"]
 
 
-def test_a_checkpoints_network_is_ready_to_use(checkpoint):
-    _, net = load_checkpoint(checkpoint)
-    assert not any(module.training for module in net.modules())
+def records(run):
+    return [json.loads(line) for line in (Path(run).parent / "eval.jsonl").open()]
 
 
-def records(checkpoint):
-    return [json.loads(line) for line in (checkpoint.parent / "eval.jsonl").open()]
-
-
-def lines_of(printed, name):
-    return [line for line in printed.splitlines() if line.split(" ")[0] == name]
-
-
-def test_script_prints_a_table_and_appends_a_line(checkpoint, capsys):
-    for _ in range(2):
-        evaluation.main([str(checkpoint), "--epochs", "2", "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert "linear probe" in printed and "uniformity_inter" in printed and "3 rounds" in printed
-    assert "kNN (k = 200)" in printed and lines_of(printed, "-uniformity_intra")
-    lines = records(checkpoint)
-    assert len(lines) == 2 and lines[0]["dataset"] == "patterns" and lines[0]["round"] == 3
-    flags = {"epochs": 2, "finetune": [0.01, 0.1], "own_images": False, "seed": 0}
-    assert lines[0]["flags"] == flags
-    assert "fine-tuned,   1 %" in printed and "fine-tuned,  10 %" in printed
-    for part, column in (("h", 1), ("z", 2)):  # one set of images: the total lies in between
-        total, intra, inter = (
-            float(lines_of(printed, f"-uniformity_{kind}")[0].split()[column])
-            for kind in ("total", "intra", "inter")
-        )
-        assert min(intra, inter) <= total <= max(intra, inter)
-        assert lines[0][f"uniformity_total_{part}"] == pytest.approx(-total, abs=1e-3)
-    for key in (
-        "linear_probe",
-        "finetune_0.01",
-        "finetune_0.1",
-        "knn",
-        "uniformity_h",
-        "uniformity_inter_z",
-        "effective_rank_h",
-        "alignment_z",
-    ):
-        assert lines[0][key] == lines[1][key]  # reproducible
-
-
-def test_own_images_are_those_that_the_clients_hold(checkpoint, capsys):
-    flags = ["--epochs", "1", "--device", "cpu", "--finetune"]
-    evaluation.main([str(checkpoint), *flags, "--own-images", "--seed", "3", "--dataset=patterns/"])
-    printed = capsys.readouterr().out
-    assert "150 training and 100 test" in printed and "fine-tuned" not in printed
-    (line,) = records(checkpoint)
-    assert line["flags"] == {"epochs": 1, "finetune": [], "own_images": True, "seed": 3}
-    assert line["labels"] == 150
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(checkpoint), *flags, "--own-images", "--dataset", "cifar10"])
-    assert stop.value.code == 2
-
-
-def test_ctrl_c_is_one_line(checkpoint, monkeypatch, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation, "evaluate", stop)
-    with pytest.raises(SystemExit) as stopped:
-        evaluation.main([str(checkpoint), "--device", "cpu"])
-    assert stopped.value.code == 130 and capsys.readouterr().err == "stopped\n"
-    assert not checkpoint.with_name("eval.jsonl").exists()
-
-
-def test_transfer_has_no_clients(checkpoint, capsys):
-    flags = ["--epochs", "1", "--dataset", "cifar10", "--device", "cpu", "--finetune"]
-    evaluation.main([str(checkpoint), *flags])
-    assert "uniformity_inter" not in capsys.readouterr().out
-    assert records(checkpoint)[0]["dataset"] == "cifar10"
-
-
-def test_parts_are_those_of_the_images_that_clients_hold(checkpoint, monkeypatch):
-    """Unequal clients of different images, some held by none: a loop over all pairs."""
-    x, y = light_and_dark(200)
-    data = Images(x, y, *light_and_dark(20), ["dark", "bright"])
-    monkeypatch.setattr(evaluation, "load_dataset", lambda *_: data)
-    content = torch.load(checkpoint, weights_only=True)
-    dark, bright = (y == 0).nonzero()[:, 0], (y == 1).nonzero()[:, 0]
-    content["model"] = settled_net(x).state_dict()
-    content["split"] = split = [torch.cat([dark, bright[:20]]), bright[20:50]]
-    torch.save(content, checkpoint)
-    flags = [str(checkpoint), "--epochs", "1", "--device", "cpu", "--finetune"]
+def test_the_script_records_a_line_and_prints_it(run, capsys):
+    flags = [run, "--epochs", "2", "--device", "cpu", "--finetune", "0.1", "0.5"]
     evaluation.main(flags)
-    evaluation.main([*flags, "--own-images"])
-    for part, h in zip("hz", encode(load_checkpoint(checkpoint)[1], x)):
-        kernel, z = {True: [], False: []}, F.normalize(h.double(), dim=1).numpy()
-        held = [(k, z[i]) for k, index in enumerate(split) for i in index.tolist()]
-        for place, (k, a) in enumerate(held):
-            for other, b in held[:place]:
-                kernel[k == other].append(math.exp(4 * float(a @ b) - 4))
-        intra, inter = (math.log(sum(kernel[own]) / len(kernel[own])) for own in (True, False))
-        assert abs(intra - inter) > 0.02
-        for line in records(checkpoint):
-            assert line[f"uniformity_intra_{part}"] == pytest.approx(intra, abs=1e-4)
-            assert line[f"uniformity_inter_{part}"] == pytest.approx(inter, abs=1e-4)
-            assert min(intra, inter) < line[f"uniformity_total_{part}"] < max(intra, inter)
+    evaluation.main(flags)
+    printed = capsys.readouterr().out
+    assert "1 rounds on patterns" in printed and "120 training and 40 test images" in printed
+    line, again = records(run)
+    assert (line["dataset"], line["round"], line["k"]) == ("patterns", 1, 120)
+    assert line["flags"] == {"epochs": 2, "finetune": [0.1, 0.5], "seed": 0}
+    for name in ("linear_probe", "knn", "finetune_0.1", "finetune_0.5", "uniformity_inter_z"):
+        assert line[name] == again[name]
+        assert f"{line[name]:.3f}" in printed
 
 
-def test_everything_is_learnt_from_the_training_images(monkeypatch):
+def test_the_record_is_written_before_anything_is_printed_of_it(run, monkeypatch):
+    def broken_pipe(scores):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluation, "print_scores", broken_pipe)
+    with pytest.raises(BrokenPipeError):
+        evaluation.main([run, *FAST])
+    assert len(records(run)) == 1
+
+
+def test_labels_are_of_the_images_that_clients_hold(run, capsys):
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["split"] = [part[: len(part) // 2] for part in checkpoint["split"]]
+    held = sum(len(part) for part in checkpoint["split"])
+    torch.save(checkpoint, run)
+    evaluation.main([run, *FAST])
+    assert f"{held} training and 40 test" in capsys.readouterr().out
+
+
+def test_another_data_set_is_transfer_and_has_no_clients(run, monkeypatch, patterns):
+    other = patterns._replace(train_y=patterns.train_y.flip(0))
+    load = evaluation.load_dataset
+    monkeypatch.setattr(
+        evaluation, "load_dataset", lambda name, *a: other if name == "other" else load(name, *a)
+    )
+    evaluation.main([run, *FAST, "--dataset", "other"])
+    (line,) = records(run)
+    assert line["dataset"] == "other" and "uniformity_inter_h" not in line
+
+
+def test_images_that_changed_since_the_run_are_refused(run, monkeypatch, patterns, mistake):
+    other = patterns._replace(files=["another.png"])
+    monkeypatch.setattr(evaluation, "load_dataset", lambda *_: other)
+    mistake(evaluation.main, [run, *FAST], "patterns has other images than those the run began")
+    assert not (Path(run).parent / "eval.jsonl").exists()
+
+
+def test_parts_are_those_of_the_images_that_clients_hold():
+    """Unequal clients of different images: a loop over all pairs."""
+    x, y = light_and_dark(60)
+    data = Images(x, y, *light_and_dark(20), ["dark", "bright"])
+    net, client = settled_net(x), (torch.arange(60) < 20).long() + y
+    scores = evaluation.evaluate(net, data, client, epochs=1)
+    for part, h in zip("hz", encode(net, x)):
+        z, within, between = F.normalize(h.double(), dim=1), [], []
+        for i in range(60):
+            for j in range(i):
+                kernel = math.exp(4 * float(z[i] @ z[j]) - 4)
+                (within if client[i] == client[j] else between).append(kernel)
+        intra, inter = math.log(np.mean(within)), math.log(np.mean(between))
+        assert abs(intra - inter) > 0.01
+        assert scores[f"uniformity_intra_{part}"] == pytest.approx(intra, abs=1e-4)
+        assert scores[f"uniformity_inter_{part}"] == pytest.approx(inter, abs=1e-4)
+        total = math.log(np.mean(within + between))
+        assert scores[f"uniformity_total_{part}"] == pytest.approx(total, abs=1e-4)
+
+
+def test_everything_is_learnt_from_the_training_images():
     """Test images under the other class's label: who has not learnt from them is always wrong."""
     (train_x, train_y), (test_x, test_y) = light_and_dark(40), light_and_dark(60)
     order = test_y.argsort()  # not the training images' order
     data = Images(train_x, train_y, test_x[order], 1 - test_y[order], ["dark", "bright"])
-    tuned = []
-    monkeypatch.setattr(
-        evaluation, "fine_tune", lambda *a, **k: (tuned.append(a[1:3]), fine_tune(*a, **k))[1]
-    )
     scores = evaluation.evaluate(settled_net(train_x), data, epochs=30, fractions=(0.5,))
     for key in ("linear_probe", "knn", "finetune_0.5"):
         assert scores[key] < 20, key
-    some = stratified(train_y, 0.5)
-    assert torch.equal(tuned[0][0], train_x[some]) and torch.equal(tuned[0][1], train_y[some])
-
-
-def test_alignment_is_on_random_ones_of_all_test_images(monkeypatch):
-    number, seen = torch.arange(6000), []
-    x = torch.stack([number // 256, number % 256, 0 * number], 1).byte().view(-1, 3, 1, 1)
-    data = draw_patterns(20, 10)._replace(test_x=x, test_y=number % 10)
-
-    def views(images, generator):
-        seen.append(256 * images[:, 0, 0, 0].long() + images[:, 1, 0, 0])
-        return images, images
-
-    monkeypatch.setattr(evaluation, "two_views", views)
-    monkeypatch.setattr(evaluation, "encode", lambda m, x, amp: [1 + x.float()[:, :, 0, 0]] * 2)
-    monkeypatch.setattr(evaluation, "uniformity", lambda h: 0.0)
-    for seed in (0, 1):
-        evaluation.evaluate(SSDNet(2), data, epochs=1, seed=seed)
-    for chosen in seen:
-        assert len(chosen.unique()) == 5000 and 750 < (chosen >= 5000).sum() < 920
-    assert not torch.equal(seen[0].sort().values, seen[1].sort().values)
 
 
 def test_scores_are_those_of_h_and_of_z_on_the_test_images():
@@ -408,36 +434,44 @@ def test_scores_are_those_of_h_and_of_z_on_the_test_images():
     net = settled_net(data.train_x)
     scores = evaluation.evaluate(net, data, epochs=20, amp=False)
     quick = quick_scores(net, *data[:4], amp=False)
-    train, test = (encode(net, x, amp=False) for x in (data.train_x, data.test_x))
-    four = train[0], data.train_y, test[0], data.test_y
-    assert scores["knn"] == knn_accuracy(*four, k=100) and scores["k"] == 100
-    assert quick["knn"] == knn_accuracy(*four, k=20)
-    assert scores["linear_probe"] == linear_probe(*four, epochs=20)
+    train, test = encode(net, data.train_x), encode(net, data.test_x)
+    features_and_labels = train[0], data.train_y, test[0], data.test_y
+    assert scores["knn"] == knn_accuracy(*features_and_labels, k=100) and scores["k"] == 100
+    assert quick["knn"] == knn_accuracy(*features_and_labels, k=20)
+    assert scores["linear_probe"] == linear_probe(*features_and_labels, epochs=20)
     draws = torch.Generator().manual_seed(0)
     some = torch.randperm(60, generator=draws)
-    views = [encode(net, view, amp=False) for view in two_views(data.test_x[some], draws)]
+    views = [encode(net, view) for view in two_views(data.test_x[some], draws)]
     for part, rows, one, two in zip("hz", test, *views):
         assert scores[f"uniformity_{part}"] == quick[f"uniformity_{part}"] == uniformity(rows)
         assert scores[f"effective_rank_{part}"] == effective_rank(rows)
         assert scores[f"alignment_{part}"] == alignment(one, two)
+        assert scores[f"norm_{part}"] == pytest.approx(rows.norm(dim=1).mean().item())
 
 
-def save_without(key):
-    def damage(path):
-        content = torch.load(path, weights_only=True)
-        del content[key]
-        torch.save(content, path)
+def test_the_script_takes_precision_and_data_folder_from_the_run(run, monkeypatch):
+    checkpoint = torch.load(run, weights_only=True)
+    checkpoint["config"].update(amp=True, data_dir="elsewhere")
+    torch.save(checkpoint, run)
+    seen, load = [], evaluation.load_dataset
 
-    return damage
+    def evaluate(*_, amp, **__):
+        seen.append(amp)
+        return {"linear_probe": 0.0}
+
+    monkeypatch.setattr(
+        evaluation, "load_dataset", lambda name, root, size: seen.append(root) or load(name)
+    )
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    evaluation.main([run, *FAST])
+    evaluation.main([run, *FAST, "--data-dir", "here"])
+    assert seen == ["elsewhere", True, "here", True]
 
 
-def with_config(**values):
-    def damage(path):
-        content = torch.load(path, weights_only=True)
-        content["config"].update(values)
-        torch.save(content, path)
-
-    return damage
+def test_a_checkpoint_comes_back_bit_equal(run):
+    checkpoint, net = load_checkpoint(run)
+    assert same(net.state_dict(), checkpoint["model"])
+    assert not net.training and all(p.requires_grad for p in net.parameters())
 
 
 class Malicious:
@@ -445,76 +479,44 @@ class Malicious:
         return print, ("code from a checkpoint ran",)
 
 
+def damaged(change):
+    """Load the file, change its content, write it again."""
+
+    def damage(path):
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return damage
+
+
 @pytest.mark.parametrize(
-    "damage",
+    "damage, words",
     [
-        lambda path: path.write_bytes(b"garbage"),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:2000]),
-        lambda path: path.unlink(),
-        lambda path: torch.save(torch.ones(3), path),
-        with_config(width=10**9),
-        with_config(width=8),
-        with_config(width=None),
-        with_config(projector=False),
-        lambda path: torch.save(Malicious(), path),
-        save_without("model"),
-        save_without("split"),
-        save_without("config"),
-        save_without("history"),
+        (lambda path: path.write_bytes(b""), "not a checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "not a checkpoint"),
+        (lambda path: path.unlink(), "not a checkpoint"),
+        (lambda path: torch.save(torch.ones(3), path), "not a checkpoint"),
+        (lambda path: torch.save(Malicious(), path), "not a checkpoint"),
+        (damaged(lambda content: content["config"].update(width=10**9)), "checkpoint|network"),
+        (damaged(lambda content: content["config"].update(width=8)), "another network"),
+        (damaged(lambda content: content["config"].update(projector=False)), "another network"),
+        (damaged(lambda content: content.pop("model")), "no model in it"),
+        (damaged(lambda content: content.pop("split")), "no split in it"),
+        (damaged(lambda content: content.pop("history")), "no history in it"),
     ],
 )
-def test_a_checkpoint_that_is_none_is_one_line(checkpoint, damage, capsys):
-    damage(checkpoint)
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(checkpoint), "--device", "cpu"])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and "checkpoint" in err
-    assert (
-        "code from a checkpoint ran" not in out and not (checkpoint.parent / "eval.jsonl").exists()
-    )
-
-
-def test_the_script_takes_precision_and_data_folder_from_the_run(checkpoint, monkeypatch):
-    seen, load = [], evaluation.load_dataset
-    content = torch.load(checkpoint)
-    content["config"].update(amp=True, data_dir="elsewhere")
-    torch.save(content, checkpoint)
-
-    def evaluate(*args):
-        seen.append(args[-1])
-        return {"linear_probe": 0.0, "knn": 0.0, "k": 7}
-
-    monkeypatch.setattr(evaluation, "load_dataset", lambda *a: (seen.append(a[1]), load(*a))[1])
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    evaluation.main([str(checkpoint), "--device", "cpu"])
-    evaluation.main([str(checkpoint), "--device", "cpu", "--data-dir", "here"])
-    assert seen == ["elsewhere", True, "here", True]
-
-
-def test_a_checkpoint_comes_back_bit_equal(checkpoint):
-    content, net = load_checkpoint(checkpoint)
-    assert all(
-        torch.equal(value, net.state_dict()[name]) for name, value in content["model"].items()
-    )
-    assert all(p.requires_grad for p in net.parameters())
+def test_a_checkpoint_that_is_none_is_one_line(run, damage, words, mistake, capsys):
+    damage(Path(run))
+    mistake(evaluation.main, [run, "--device", "cpu"], words)
+    assert "code from a checkpoint ran" not in capsys.readouterr().out
+    assert not (Path(run).parent / "eval.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        ["--epochs", "0"],
-        ["--epochs", "x"],
-        ["--device", "tpu9"],
-        ["--dataset", "no-such"],
-        ["--finetune", "0"],
-        ["--finetune", "1.5"],
-        ["--finetune", "nan"],
-    ],
+    ["--epochs 0", "--epochs x", "--device tpu9", "--dataset no-such", "--finetune 0"]
+    + ["--finetune 1.5", "--finetune nan", "--own-images"],
 )
-def test_bad_flags_are_one_line(checkpoint, flags, capsys, monkeypatch):
-    monkeypatch.undo()
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(checkpoint), *flags])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and flags[1] in err
+def test_bad_flags_are_one_line(run, flags, mistake):
+    mistake(evaluation.main, [run, *flags.split()], flags.split()[-1])
