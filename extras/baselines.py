@@ -1,15 +1,12 @@
-"""The other methods of the paper's table, and SSD with one thing changed, each as one function.
+"""The other methods of the paper's table, each as one function.
 
-    FedDecorr   a regulariser on h                               feddecorr_loss
-    FedX        distillation within and across networks          fedx_loss, nt_xent, fedx_relation
-    FedU2       a regulariser on z and a rule of averaging       fedu2_uniform, fedu2_average
-    L-DAWA      a rule of averaging                              ldawa_average
-    FedProx     a term that holds on to the global weights       fedprox_term
-    CHOICES     what paper and authors' code leave open in SSD   authors_dsr, objective
-    ssd-common  client 0's d_k for everyone: DSR that cannot part clients
+    FedDecorr   a regulariser on h                          feddecorr_loss
+    FedX        distillation within and across networks     fedx_loss, nt_xent, fedx_relation
+    FedU2       a regulariser on z, a rule of averaging     fedu2_uniform, fedu2_average
+    L-DAWA      a rule of averaging                         ldawa_average
 
-The first five, but for FedX with its own objective, stand on align + beta uniform as SSD does.
-Data, split, network and evaluation are SSD's, flags and run folder train.py's:
+FedX has an objective of its own; the others stand on align + beta uniform, as SSD does. Data,
+split, network and evaluation are SSD's, flags and run folder train.py's:
 
     python extras/baselines.py --method fedx --clients 10 --alpha 0.1
     python extras/baselines.py --method fedalignuniform --client 3   # client 3 alone: lower bound
@@ -20,6 +17,7 @@ import functools
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from data import augment, draw_params, two_views  # noqa: E402
-from federated import average_states  # noqa: E402
-from losses import distill_loss, dsr_loss, ssd_loss  # noqa: E402
-from model import load_checkpoint  # noqa: E402
-
-NAMES = ("feddecorr", "fedx", "fedu2", "ldawa", "fedprox")
-LOSSES = {"feddecorr", "fedx", "fedu2", "fedprox"}  # those with a loss of their own
+from federated import average_states, choose_clients, federated_round  # noqa: E402
+from losses import ssd_loss  # noqa: E402
 
 # ---------------------------------------------------------------------------- FedDecorr
 
@@ -165,7 +159,7 @@ def min_norm_weights(updates, steps=10_000):
     return a
 
 
-def fedu2_average(states, weights, global_state, *_):
+def fedu2_average(states, weights, global_state, r, clients):
     """EUA, FedU2's efficient unified aggregator: a step that lowers every client's loss alike.
 
         g_k = (w - w_k) / ||w - w_k||,   w <- w - step sum_k a_k g_k,   a = min_norm_weights(g)
@@ -199,7 +193,7 @@ def fedu2_average(states, weights, global_state, *_):
 # ---------------------------------------------------------------------------- L-DAWA
 
 
-def ldawa_average(states, weights, global_state, r, *_):
+def ldawa_average(states, weights, global_state, r, clients):
     """L-DAWA (Rehman et al., ICCV 2023): every tensor weighted by its angle to the global one.
 
         w <- 1/K sum_k delta_k w_k,   delta_k = min(1, cos(w_k, w))
@@ -210,91 +204,144 @@ def ldawa_average(states, weights, global_state, r, *_):
     FedAvg by samples, as in the public code: from random weights the angles are so wide that the
     weights, and with them the representation, shrink to nothing.
     """
-    if r < 2:
+    if r < 2 or not states:
         return average_states(states, weights)
-
-    def average(name):
-        tensors, w = [state[name].double() for state in states], global_state[name].double()
-        if w.ndim:
-            norms = [w.norm() * v.norm() for v in tensors]
-            deltas = [
-                min(1.0, ((w * v).sum() / n).item()) if n else 1.0 for v, n in zip(tensors, norms)
-            ]
-            tensors = [delta * v for delta, v in zip(deltas, tensors)]
-        mean = torch.stack(tensors).mean(0)
-        like = global_state[name]
-        return (mean if like.is_floating_point() else mean.round()).to(like)
-
-    return {name: average(name) for name in global_state}
-
-
-# ---------------------------------------------------------------------------- FedProx
-
-
-def fedprox_term(model, global_state):
-    """FedProx (Li et al., MLSys 2020): 1/2 sum of (w - w_global)^2 over the parameters -> ().
-
-    Weight mu = 0.01.
-    """
-    return sum((w - global_state[name]).square().sum() for name, w in model.named_parameters()) / 2
+    new_state = {}
+    for name, value in global_state.items():
+        w = value.double()
+        total = torch.zeros_like(w)
+        for state in states:
+            w_k = state[name].double()
+            norms = w.norm() * w_k.norm()
+            delta = 1.0
+            if w.ndim and norms:
+                delta = min(1.0, ((w * w_k).sum() / norms).item())
+            total += delta * w_k
+        mean = total / len(states)
+        if not value.is_floating_point():
+            mean = mean.round()
+        new_state[name] = mean.to(value.dtype)
+    return new_state
 
 
-# ---------------------------------------------------------------------------- open choices of SSD
+# ---------------------------------------------------------------------------- local losses
 
 
-def random_axes(dim):
-    """An orthonormal basis (D, D), float32, always the same one for its size."""
-    draws = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
-    return torch.linalg.qr(draws).Q
+def outputs(model, x, amp):
+    """h, u (B, D) of a batch of views, float32."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        h, u = model(x)
+    return h.float(), u.float()
 
 
-def authors_dsr(z, d_k, q):
-    """DSR as the authors' code has it: ||z - stopgrad(target)||_F / B, z unit rows (B, D) -> ().
-
-    target = q (q^T z * d_k), back on the sphere; q (D, D): `random_axes`. The norm is of the whole
-    batch and not squared: the gradient for z is (z - target) / (B ||z - target||_F).
-    """
-    target = F.normalize((z.detach() @ q * d_k) @ q.T, dim=1)
-    return (z - target).norm() / len(z)
+def align_and_uniform(h1, u1, h2, u2, beta):
+    """FedAlignUniform's objective: total (), dict of its two terms."""
+    without_dsr = torch.ones_like(u1[0])
+    total, terms = ssd_loss(h1, u1, h2, u2, without_dsr, beta, gamma=0.0, delta=0.0)
+    return total, {"align": terms["align"], "uniform": terms["uniform"]}
 
 
-def objective(h1, u1, h2, u2, d_k, beta, gamma, delta, hard, dsr, distill):
-    """`losses.ssd_loss` with other functions for its last two terms."""
-    total, terms = ssd_loss(h1, u1, h2, u2, d_k, beta, 0.0, 0.0)
-    h, u = torch.stack([h1, h2]).float(), torch.stack([u1, u2]).float()
-    dsr_term = sum(dsr(F.normalize(view, dim=1), d_k) for view in u) / 2
-    distill_term = sum(map(distill, h, u)) / 2
-    terms |= {"dsr": dsr_term.detach(), "distill": distill_term.detach()}
-    return total + gamma * dsr_term + delta * distill_term, terms
+def make_feddecorr_loss(config, images, split):
+    """align + beta uniform + 0.1 FedDecorr of both views' h; on CIFAR-100 0.05."""
+    weight = 0.1
+    if config["dataset"] == "cifar100":
+        weight = 0.05
+
+    def loss(model, batch, k, generator, global_state):
+        x1, x2 = two_views(batch, generator)
+        h1, u1 = outputs(model, x1, config["amp"])
+        h2, u2 = outputs(model, x2, config["amp"])
+        total, terms = align_and_uniform(h1, u1, h2, u2, config["beta"])
+        term = (feddecorr_loss(h1) + feddecorr_loss(h2)) / 2
+        return total + weight * term, {**terms, "feddecorr": term.detach()}
+
+    return loss
 
 
-DSR = {"gamma": 1.0, "delta": 0.0}
-SSD = {"gamma": 1.0, "delta": 0.1}
-CHOICES = {  # method: weights, what stands for dsr_loss, for distill_loss
-    "dsr-literal": (DSR, functools.partial(dsr_loss, on_sphere=False), distill_loss),
-    "dsr-authors": (DSR, authors_dsr, distill_loss),
-    "ssd-reverse": (SSD, dsr_loss, lambda h, u: distill_loss(u, h)),
-    "ssd-half": (SSD, dsr_loss, functools.partial(distill_loss, temperature=0.5)),
-    "ssd-into-h": (SSD, dsr_loss, lambda h, u: distill_loss(h, u.detach())),
-    "ssd-authors": (SSD, authors_dsr, lambda h, u: distill_loss(u, h, temperature=0.5)),
-    "ssd-cosine": (SSD, dsr_loss, distill_loss),  # lr falls to 0 as half a cosine over the rounds
-}
-METHODS = {
-    **train.METHODS,
-    **{name: {"gamma": 0.0, "delta": 0.0} for name in NAMES},
-    **{name: choice[0] for name, choice in CHOICES.items()},
-    "ssd-common": SSD,
-}
+def make_fedu2_loss(config, images, split):
+    """align + beta uniform + 0.01 FUR of each view's z."""
+
+    def loss(model, batch, k, generator, global_state):
+        x1, x2 = two_views(batch, generator)
+        h1, u1 = outputs(model, x1, config["amp"])
+        h2, u2 = outputs(model, x2, config["amp"])
+        total, terms = align_and_uniform(h1, u1, h2, u2, config["beta"])
+        term = fedu2_uniform(F.normalize(u1, dim=1), generator)
+        term = term + fedu2_uniform(F.normalize(u2, dim=1), generator)
+        return total + 0.01 * term, {**terms, "fedu2": term.detach()}
+
+    return loss
+
+
+def make_fedx_loss(config, images, split):
+    """FedX's objective; the model has a predictor, the global network of the round is frozen."""
+    amp = config["amp"]
+
+    def predict(model, u):
+        with torch.autocast(u.device.type, torch.bfloat16, enabled=amp):
+            return model.predictor(u).float()
+
+    @torch.no_grad()
+    def frozen_u(model, global_state, x):
+        model.eval()
+        _, u = outputs(functools.partial(functional_call, model, global_state), x, amp)
+        model.train()
+        return u
+
+    def loss(model, batch, k, generator, global_state):
+        x1, x2 = two_views(batch, generator)
+        _, u1 = outputs(model, x1, amp)
+        _, u2 = outputs(model, x2, amp)
+        p1, p2 = predict(model, u1), predict(model, u2)
+        index = torch.randint(len(split[k]), (len(batch),), generator=generator)
+        others = images[torch.as_tensor(split[k])[index].to(images.device)]
+        params = draw_params(len(batch), *batch.shape[2:], generator)
+        x = augment(others, {name: value.to(images.device) for name, value in params.items()})
+        _, r = outputs(model, x, amp)
+        global_u2 = frozen_u(model, global_state, x2)
+        global_r = frozen_u(model, global_state, x)
+        return fedx_loss(u1, u2, p1, p2, global_u2, r, global_r)
+
+    return loss
+
 
 # ---------------------------------------------------------------------------- script
+
+
+class Method(NamedTuple):
+    """What a method has in place of SSD's parts."""
+
+    make_loss: object = None  # (config, images, split) -> the local loss; None: train.py's
+    average: object = average_states  # the rule of averaging
+    weights: tuple = ("beta", "gamma", "delta")  # the flags among these that it knows
+
+
+BASELINES = {
+    "feddecorr": Method(make_feddecorr_loss, weights=("beta",)),
+    "fedx": Method(make_fedx_loss, weights=()),
+    "fedu2": Method(make_fedu2_loss, fedu2_average, weights=("beta",)),
+    "ldawa": Method(average=ldawa_average),
+}
+METHODS = {**train.METHODS, **{name: {"gamma": 0.0, "delta": 0.0} for name in BASELINES}}
 
 
 def build_parser():
     """train.py's flags, and one more."""
     parser = train.build_parser(METHODS)
-    parser.prog = "extras/baselines.py"
     parser.add_argument("--client", type=train.number(int, 0), help="train this client alone")
     return parser
+
+
+def check_flags(config, num_clients):
+    """ValueError for flags that the method does not know."""
+    method = BASELINES.get(config["method"], Method())
+    for name, default in {"beta": 1.0, "gamma": 0.0, "delta": 0.0}.items():
+        if name not in method.weights and config[name] != default:
+            raise ValueError(f"--{name} {config[name]:g}: {config['method']} has no such term")
+    if config["client"] is not None and config["client"] >= num_clients:
+        raise ValueError(f"--client {config['client']}: the last one is {num_clients - 1}")
+    if config["compile"] and method.make_loss:
+        raise ValueError(f"--compile: {config['method']} cannot be compiled, leave it out")
 
 
 def make_model(config):
@@ -311,97 +358,39 @@ def make_model(config):
     return model
 
 
-def make_options(config, images, split):
-    """What differs from SSD, as keyword arguments of `federated.train_federated`."""
-    name, method = config["method"], {}
-    if name in LOSSES:
-        for weight in ("gamma", "delta", *(["beta"] if name == "fedx" else [])):
-            if config[weight] != (weight == "beta"):
-                raise ValueError(
-                    f"--{weight} {config[weight]:g}: --method {name} has no such term, leave it out"
-                )
-    if name == "ldawa":
-        method["average"] = ldawa_average
-    if name == "fedu2":
-        method["average"] = fedu2_average
-    if name in LOSSES:
-        if config["compile"]:
-            raise ValueError(f"--compile does not work with --method {name}: leave it out")
-        method["loss"] = make_loss(config, images, split)
-    if name in CHOICES:
-        _, dsr, distill = CHOICES[name]
-        if dsr is authors_dsr:
-            dsr = functools.partial(dsr, q=random_axes(8 * config["width"]).to(images.device))
-        changed = functools.partial(objective, dsr=dsr, distill=distill)
-        method["loss"] = train.make_loss(config, len(split), images.device, changed)
-    if name == "ssd-common":  # client 0's d_k for everyone
-        ssd = train.make_loss(config, len(split), images.device)
-        method["loss"] = lambda model, batch, k, *rest: ssd(model, batch, 0, *rest)
-    if name == "ssd-cosine":
-        done = load_checkpoint(config["resume"])[0]["config"] if config["resume"] else config
-        if done["rounds"] != config["rounds"]:
-            raise ValueError(
-                f"--rounds {config['rounds']}: the schedule is that of "
-                f"{done['rounds']} rounds, start a run of its own"
-            )
-        method["lr"] = lambda r: config["lr"] * (1 + math.cos(math.pi * r / config["rounds"])) / 2
-    if config["client"] is not None:
-        if config["client"] >= len(split):
-            raise ValueError(f"--client {config['client']}: the last one is {len(split) - 1}")
-        method["choose"] = lambda *_: [config["client"]]
-    return method
-
-
 def make_loss(config, images, split):
-    """The local loss of the methods that have one of their own, for federated.py."""
-    name, d_ones = config["method"], torch.ones(8 * config["width"], device=images.device)
+    """The method's local loss, for federated.py."""
+    method = BASELINES.get(config["method"], Method())
+    if method.make_loss:
+        return method.make_loss(config, images, split)
+    return train.make_loss(config, len(split), images.device)
 
-    def forward(model, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config["amp"]):
-            h, u = model(x)
-        return h.float(), u.float()
 
-    def predict(model, u):
-        with torch.autocast(u.device.type, torch.bfloat16, enabled=config["amp"]):
-            return model.predictor(u).float()
+def make_round(config):
+    """`federated_round` with the method's rule of averaging; with --client of that client alone."""
+    method = BASELINES.get(config["method"], Method())
 
-    @torch.no_grad()
-    def frozen_u(model, global_state, x):
-        model.eval()
-        _, u = forward(functools.partial(functional_call, model, global_state), x)
-        model.train()
-        return u
+    def choose(num_clients, participation, generator, r):
+        if config["client"] is not None:
+            return [config["client"]]
+        return choose_clients(num_clients, participation, generator, r)
 
-    def loss(model, batch, k, generator, global_state):
-        x1, x2 = two_views(batch, generator)
-        (h1, u1), (h2, u2) = forward(model, x1), forward(model, x2)
-        if name == "fedx":
-            p1, p2 = predict(model, u1), predict(model, u2)
-            index = torch.randint(len(split[k]), (len(batch),), generator=generator)
-            others = images[torch.as_tensor(split[k])[index].to(images.device)]
-            params = draw_params(len(batch), *batch.shape[2:], generator)
-            x = augment(others, {name: v.to(images.device) for name, v in params.items()})
-            _, r = forward(model, x)
-            global_u2, global_r = (frozen_u(model, global_state, v) for v in (x2, x))
-            return fedx_loss(u1, u2, p1, p2, global_u2, r, global_r)
-        total, terms = ssd_loss(h1, u1, h2, u2, d_ones, config["beta"], gamma=0.0, delta=0.0)
-        if name == "feddecorr":
-            weight = 0.05 if config["dataset"] == "cifar100" else 0.1
-            term = (feddecorr_loss(h1) + feddecorr_loss(h2)) / 2
-        elif name == "fedu2":
-            weight = 0.01
-            term = sum(fedu2_uniform(F.normalize(u, dim=1), generator) for u in (u1, u2))
-        else:
-            weight, term = 0.01, fedprox_term(model, global_state)
-        terms = {"align": terms["align"], "uniform": terms["uniform"], name: term.detach()}
-        return total + weight * term, terms
-
-    return loss
+    return functools.partial(federated_round, choose=choose, average=method.average)
 
 
 def main(argv=None):
-    """train.py's main with these methods."""
-    train.main(argv, build_parser(), METHODS, make_model, make_options)
+    """train.py's main, with this file's network, loss and round."""
+    parser = build_parser()
+    try:
+        config, checkpoint = train.read_config(parser, argv, METHODS)
+        device, data, split = train.prepare(config, checkpoint)
+        check_flags(config, len(split))
+        model = train.place(make_model(config), checkpoint, device)
+        loss = make_loss(config, data.train_x, split)
+        train.open_run(config, checkpoint, split, model)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    train.run_rounds(config, checkpoint, data, split, model, loss, make_round(config))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ train.py's own loss (one with the views outside) through federated.py's local tr
 is a launch, or more.
 """
 
+import argparse
 import math
 import platform
 import statistics
@@ -25,16 +26,14 @@ import torchvision.transforms as T
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import draw_params, draw_views, two_views  # noqa: E402
-from eval import one_line_parser, pick_device  # noqa: E402
 from federated import keyed_generator, train_client  # noqa: E402
 from losses import scaling_vectors, ssd_loss  # noqa: E402
-from model import SSDNet  # noqa: E402
+from model import SSDNet, pick_device  # noqa: E402
 from train import build_parser, make_loss, number  # noqa: E402
 
 PAPER_STEPS = 192_500  # CIFAR-10, 10 clients, 100 rounds, 5 local epochs
@@ -77,7 +76,7 @@ class Row:
         fused = True if device.type == "cuda" and not sync else None  # as train.py
         sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "fused": fused}
         self.optimizer = torch.optim.SGD(self.net.parameters(), **sgd)
-        config = {**vars(build_parser().parse_args([])), **vars(args), **config}
+        config = {**vars(build_parser().parse_args([])), **vars(args), "compile": False, **config}
         self.loss = make_loss({**config, "gamma": 1.0, "delta": 0.1}, 10, device)
         self.d_k, self.sync = scaling_vectors(10, 8 * args.width)[0].to(device), sync
         if not views:
@@ -130,24 +129,21 @@ def loss_without_views(amp, d_k):
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations and the bytes they read and write; a view is none."""
+    """Counts operations; a view is none."""
 
     def __init__(self):
         super().__init__()
-        self.count = self.bytes = 0
+        self.count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
         name = operation.overloadpacket.__name__
         view = operation.is_view or "empty" in name or name == "_unsafe_view"
-        if operation.namespace == "aten" and not view:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if torch.is_tensor(x)]
-            self.count, self.bytes = self.count + 1, self.bytes + sum(x.nbytes for x in tensors)
-        return result
+        self.count += operation.namespace == "aten" and not view
+        return operation(*args, **(kwargs or {}))
 
 
 def launches(row, images):
-    """Operations of a step that --compile takes, operations outside, bytes of all (one by one)."""
+    """Operations of a step that --compile takes, and operations outside."""
     size, rng, images = row.size, keyed_generator("launches"), images.repeat(2, 1, 1, 1)
     shape = (2 * size, *images.shape[2:])
     fused = torch.optim.SGD(row.net.parameters(), 1e-9, 0.9, fused=True)
@@ -155,19 +151,18 @@ def launches(row, images):
     def count(function, *arguments):
         with Launches() as counter:
             function(*arguments)
-        return counter.count, counter.bytes
+        return counter.count
 
     def epoch(steps):
         train_client(row.net, fused, images, range(steps * size), row.loss, 0, rng, 1, size)
 
     epoch(1)  # makes the momentum
-    (one, small), (two, large) = count(epoch, 1), count(epoch, 2)
-    drawn, _ = count(draw_params, *shape, rng)  # on the CPU: no launch
-    packed, _ = count(draw_views, images[:size], rng)
+    step = count(epoch, 2) - count(epoch, 1)
+    drawn = count(draw_params, *shape, rng)  # on the CPU: no launch
+    packed = count(draw_views, images[:size], rng)
     fused.zero_grad()
-    loss, _ = count(lambda: row.loss(row.net, images[:size], 0, rng, None)[0].backward())
-    inside = loss - packed
-    return inside, two - one - drawn - inside, large - small
+    inside = count(lambda: row.loss(row.net, images[:size], 0, rng, None)[0].backward()) - packed
+    return inside, step - drawn - inside
 
 
 def idle(row, images):
@@ -191,27 +186,19 @@ def wait(device):
     return time.perf_counter()
 
 
-def timed(device, function, repeats=3):
-    """Median seconds of function() after one warm-up."""
-    function()
-    spans = []
-    for _ in range(repeats):
-        start = wait(device)
-        function()
-        spans.append(wait(device) - start)
-    return statistics.median(spans)
-
-
 def peaks(device):
-    """Measured matmul TFLOP/s, float32 and bfloat16, and copy GB/s counting reads and writes."""
+    """Measured matmul TFLOP/s, float32 and bfloat16."""
     n = 8192 if device.type == "cuda" else 2048
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        rates.append(2 * n**3 / timed(device, lambda a=a, b=b: a @ b) / 1e12)
-    source = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
-    target = torch.empty_like(source)
-    return *rates, 2 * source.nbytes / timed(device, lambda: target.copy_(source)) / 1e9
+        spans = []
+        for _ in range(4):  # the first warms up
+            start = wait(device)
+            a @ b
+            spans.append(wait(device) - start)
+        rates.append(2 * n**3 / statistics.median(spans[1:]) / 1e12)
+    return rates
 
 
 def step_flops(args):
@@ -222,32 +209,10 @@ def step_flops(args):
     return counter.get_total_flops() / len(batch) * 2 * args.batch_size
 
 
-def shares(row, images, generator, amp):
-    """Seconds of each part of a row's step, each waited for."""
-    device, images = row.device, images[: row.size]
-    views = two_views(images, generator)
-
-    def forward():
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            return [part for view in views for part in row.net(view)]
-
-    def forward_backward():
-        row.optimizer.zero_grad()
-        sum(part.float().sum() for part in forward()).backward()
-
-    outputs = [part.detach().float().requires_grad_() for part in forward()]
-    return {
-        "views": timed(device, lambda: two_views(images, generator)),
-        "forward": timed(device, forward),
-        "forward and backward": timed(device, forward_backward),
-        "losses": timed(device, lambda: ssd_loss(*outputs, row.d_k)[0].backward()),
-        "optimiser": timed(device, row.optimizer.step),
-    }
-
-
 def main():
-    """Print the machine, the table, the parts of a step and the time of the paper's run."""
-    parser = one_line_parser("extras/bench.py", __doc__.splitlines()[0])
+    """Print the machine, the table and the time of the paper's run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.usage = argparse.SUPPRESS  # so that an error is one line
     add = parser.add_argument
     add("--quick", action="store_true", help="shorter blocks")
     add("--width", type=number(int, 1), default=64, help="of the network (%(default)s)")
@@ -262,11 +227,11 @@ def main():
     cuda = device.type == "cuda"
     amp = cuda and torch.cuda.get_device_capability()[0] >= 8
     blocks, steps = 5, (20 if args.quick else 50) if cuda else (1 if args.quick else 3)
-    fp32, bf16, copy = peaks(device)
+    fp32, bf16 = peaks(device)
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     print(
         f"{device} {name}, torch {torch.__version__}, {torch.get_num_threads()} threads; measured: "
-        f"matmul {fp32:.2f} TFLOP/s float32, {bf16:.2f} bfloat16; copy {copy:.0f} GB/s\n"
+        f"matmul {fp32:.2f} TFLOP/s float32, {bf16:.2f} bfloat16\n"
         f"width {args.width}, {args.batch_size} images in two views, {step_flops(args) / 1e12:.3f} "
         f"TFLOP a step; {blocks} interleaved blocks of {steps} steps a row\n",
         flush=True,
@@ -317,13 +282,8 @@ def main():
             f"{medians[0] / median:9.2f}{100 * flops / median / 1e12 / peak:10.0f}"
             + (f"{memory[row]:10.0f}" if cuda else "         -")
         )
-    inside, outside, moved = launches(ours, where[ours])
-    share = 100 * moved / medians[4] / 1e9 / copy
+    inside, outside = launches(ours, where[ours])
     print(f"\noperations a step: {inside} that --compile takes, {outside} outside")
-    print(f"in ours they read and write {moved / 1e9:.2f} GB, {share:.0f} % of the copy peak")
-    print("\nparts of our step, each waited for (backward: the difference)")
-    for part, seconds in shares(ours, where[ours], keyed_generator("parts"), amp).items():
-        print(f"  {part:28s}{1e3 * seconds:9.2f} ms")
     print(f"\n{PAPER_STEPS:,} steps, as many as the paper's run has, at these rates:")
     for row, median in zip(rows, medians):
         print(f"  {row.name:36s}{PAPER_STEPS * median / 3600:9.2f} h")

@@ -10,6 +10,7 @@ that extras/separation.py writes, --forest the folder of the studies' scores:
     python extras/figures.py --forest assets              # forest.svg of extras/RESULTS.md
 """
 
+import argparse
 import itertools
 import json
 import re
@@ -23,11 +24,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 from diagrams import COLOURS, STYLE, legend, pipeline, scales, stopgrad  # noqa: E402
-from study import cell, differences, interval  # noqa: E402
-from study import read as read_scores  # noqa: E402
+from law import compare  # noqa: E402
+from tables import cell, differences, interval  # noqa: E402
+from tables import read as read_scores  # noqa: E402
 
 from data import load_dataset  # noqa: E402
-from eval import one_line_parser  # noqa: E402
 from train import make_model, make_monitor  # noqa: E402
 
 FOREST = {  # title: files of a study, {row: the paper's LP minus that of the first row}
@@ -119,63 +120,66 @@ def record(runs):
 
 
 def separation(plt, lines):
-    """Where the networks lean, as points, and -log E_ij of the clients i and j as maps.
+    """Left: where SSD's networks and two averages put z; right: the law of extras/law.py.
 
-    Of the last round that both rows have: a point a client of every seed, maps of the first seed.
+    Left of the last round that both rows have, its first seed; right of all rounds and seeds.
     """
-    methods = {"fedalignuniform": "FedAlignUniform", "ssd": "SSD"}
-    maps = {
-        "own": "each client's images\nby its own network",
-        "same-images": "the same images\nby every network",
-        "average": "each client's images\nby the average",
-    }
-    lines = [line for line in lines if line["variant"] in maps and "shares" in line]  # of z
-    common = [{line["round"] for line in lines if line["row"] == row} for row in methods]
-    if not (common := set.intersection(*common)):
-        raise ValueError(f"no round of both {' and '.join(methods)} to draw")
-    found = {(row, variant): [] for row in methods for variant in maps}
-    for line in (line for line in lines if line["round"] == max(common)):
-        if line["row"] in methods:
-            found[line["row"], line["variant"]].append(line)
+    rows = ("ssd", "fedalignuniform")
+    there = {(x["row"], x["round"], x["seed"], x["variant"]): x for x in lines if "shares" in x}
+    runs = [{key[1:3] for key in there if key[0] == row} for row in rows]
+    common = set.intersection(*runs)
+    if not common:
+        raise ValueError(f"no round of both {' and '.join(rows)} to draw")
+    r = max(r for r, _ in common)
+    seed = min(seed for at, seed in common if at == r)
+    weights = np.array(there["ssd", r, seed, "average"]["weights"])
+    order = np.argsort(-weights)  # the client with most images first
+    networks = np.array(there["ssd", r, seed, "same-images"]["shares"])[order][:, order]
+    averages = [np.mean(there[row, r, seed, "average"]["shares"], axis=0)[order] for row in rows]
 
-    figure = plt.figure(figsize=(7.6, 4.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.6))
-    axis = left.subplots()
-    for row, variant, marker, colour, label in (
-        ("ssd", "own", "o", COLOURS[1], "SSD, client k's network"),
-        ("ssd", "average", "o", COLOURS[0], "SSD, the average"),
-        ("fedalignuniform", "own", "x", COLOURS[7], "FedAlignUniform, k's network"),
-    ):
-        weights, shares = (
-            np.array([line[key] for line in found[row, variant]]) for key in ("weights", "shares")
-        )
-        own = shares.diagonal(axis1=1, axis2=2) if variant == "own" else shares.mean(1)
-        axis.plot(100 * weights.ravel(), 100 * own.ravel(), marker, color=colour, label=label)
-    chance = 100 * found["ssd", "own"][0]["chance"]
-    text = f"chance: {chance:.0f} %"
-    axis.axhline(chance, color="black", linestyle="--", linewidth=1, label=text)
-    axis.set_title("% of ‖z‖² in client k's\ndimensions", fontsize=11)
-    axis.set_xlabel("% of all images that client k has", fontsize=10)
-    axis.tick_params(labelsize=10)
-    axis.set(xlim=(0, None), ylim=(0, 100))
-    left.legend(loc="outside lower center", fontsize=10, frameon=False)
-    axes = right.subplots(len(methods), len(maps))
-    pictures = {key: lines[0]["matrix"] for key, lines in found.items()}
-    scale = {"vmin": min(map(np.min, pictures.values())), "vmax": 4}  # orthogonal: 4
-    for (row, variant), axis in zip(found, axes.flat):
-        squares = np.kron(pictures[row, variant], np.ones((16, 16)))  # sharp in every viewer
-        picture = axis.imshow(squares, interpolation="none", **scale)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        if row == "fedalignuniform":
-            axis.set_title(maps[variant], fontsize=10)
-        if variant == "own":
-            axis.set_ylabel(methods[row], fontsize=11)
-    bar = right.colorbar(picture, ax=axes, location="bottom", shrink=0.9, aspect=40)
-    label = "how far apart: −log E exp(−2‖z − z′‖²), z of client i (row), z′ of j"
-    bar.set_label(label, fontsize=10)
-    bar.ax.tick_params(labelsize=10)
+    figure = plt.figure(figsize=(9.6, 4.9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.4, 1))
+    upper, lower = left.subplots(2, 1, height_ratios=(len(networks), 2))
+    clients = [f"{100 * weight:.0f}" for weight in weights[order]]
+    share_map(upper, networks, clients)
+    share_map(lower, np.array(averages), ["average of these", "average without SSD's terms"])
+    upper.set_title(
+        "% of a network's output z in each client's\ndimensions, on the same images", size=12
+    )
+    upper.set_ylabel("network of the client with\n... % of all images", fontsize=10)
+    lower.set(xticks=range(len(clients)), xticklabels=clients)
+    lower.set_xlabel("dimensions of the client with ... % of all images", fontsize=10)
+    law_points(right.subplots(), lines)
     return figure
+
+
+def share_map(axis, shares, labels):
+    """Shares as numbers in %, the darker the larger; a row is labelled."""
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, k), share in np.ndenumerate(shares):
+        colour = "white" if share > 0.55 else "black"
+        axis.text(k, i, f"{100 * share:.0f}", color=colour, ha="center", va="center", size=9)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, labelsize=10)
+    axis.set(xticks=[], yticks=range(len(labels)), yticklabels=labels)
+
+
+def law_points(axis, lines):
+    """Of every seed, round and client: the share of the average's z, by extras/law.py, measured."""
+    found = compare([line for line in lines if line["row"] in ("ssd", "ssd --gamma 0.2")])
+    found = found[found["variant"] == "average"]
+    end = 5 + 100 * np.concatenate([*found["law"], *found["measured"]]).max()
+    axis.plot([0, end], [0, end], color=COLOURS[7], linewidth=1)
+    for colour, (row, part) in zip(COLOURS, found.groupby("row")):
+        predicted, measured = 100 * np.hstack(part["law"]), 100 * np.hstack(part["measured"])
+        label = "SSD, γ = 1" if row == "ssd" else "SSD, γ = 0.2"
+        axis.plot(predicted, measured, "o", color=colour, ms=4, alpha=0.6, label=label)
+    axis.set_title("% of the average's z in one\nclient's dimensions (a point each)", size=12)
+    axis.set_xlabel("predicted: (sum of weight x √share)²", fontsize=10)
+    axis.set_ylabel("measured", fontsize=10)
+    axis.tick_params(labelsize=10)
+    axis.set(xlim=(0, end), ylim=(0, end), aspect="equal")
+    axis.legend(frameon=False, fontsize=10)
 
 
 def rounds(plt, rows):
@@ -286,7 +290,8 @@ def draw_all(plt, args):
 
 def main(argv=None):
     """Run folders and records -> SVG files."""
-    parser = one_line_parser("extras/figures.py", __doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.usage = argparse.SUPPRESS  # so that an error is one line
     add = parser.add_argument
     add("scores", type=Path, nargs="?", help="scores.jsonl, or what it is called in assets/")
     add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")

@@ -5,13 +5,12 @@
 #     extras/gpu_check.sh speed      # benchmark, tests of the step
 #     extras/gpu_check.sh regime     # regime R of RESULTS.md and its controls, ten runs at a time
 #     extras/gpu_check.sh paper      # 13 of the paper's 100 rounds, three runs side by side
-#     extras/gpu_check.sh central    # all images in one place, width 64, 100 epochs: a bound
 #
 # Each part has a time limit and a file of output in $OUT; one that fails stops no other. The same
 # call goes on where it was cut off. DEVICE=cpu and small FLAGS rehearse it all without a GPU.
 set -u
 cd "$(dirname "$0")/.."
-export DEVICE="${DEVICE:-cuda}" OMP_NUM_THREADS=1             # tests/test_step.py reads DEVICE, too
+export DEVICE="${DEVICE:-cuda}" OMP_NUM_THREADS=1             # test_step.py reads DEVICE, too
 OUT="${OUT:-runs/gpu_check}" ALL="${ALL:-570}" JOBS="${JOBS:-10}"
 DATASET="${DATASET:-data/cifar10-jpeg}" FLAGS="${FLAGS:---compile}" BENCH="${BENCH:---quick}"
 SEEDS="${SEEDS:-0 1 2}" ROUNDS="${ROUNDS:-2 5 20}"            # of regime R, whose rounds are kept
@@ -40,7 +39,7 @@ study() {  # name, seconds, flags, rows: all seeds' runs to the end of the flags
 case "${1:-}" in
 speed)
     part bench 300 python3 extras/bench.py --device "$DEVICE" $BENCH
-    part tests 300 python3 -m pytest -q tests/test_step.py
+    part tests 300 python3 -m pytest -q extras/tests/test_step.py
     ;;
 regime)
     for r in $ROUNDS; do
@@ -51,21 +50,17 @@ regime)
             kept="runs/rounds/round$r/$(basename "$run")"
             mkdir -p "$kept" && cp "$run/last.pt" "$kept"
         done
-        ls runs/rounds/round"$r"/*/last.pt | part "controls-$r" 120 xargs -P "$JOBS" -I{} \
-            python3 extras/separation.py {} --device "$DEVICE" --out {}.jsonl
-        cat runs/rounds/*/*/last.pt.jsonl >"$OUT/controls.jsonl"
+        ls runs/rounds/round"$r"/*/last.pt | part "separation-$r" 120 xargs -P "$JOBS" -I{} \
+            python3 extras/separation.py {} --device "$DEVICE" --record {}.jsonl
+        cat runs/rounds/*/*/last.pt.jsonl >"$OUT/separation.jsonl"
     done
     ;;
 paper)
     SEEDS=0 study train-paper "$ALL" "--rounds ${PAPER:-13}" paper \
         fedalignuniform ssd "ssd --gamma 0.05"
     ;;
-central)
-    SEEDS=0 study train-central "$ALL" "--clients 1 --rounds 100 --local-epochs 1" central \
-        fedalignuniform
-    ;;
 *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

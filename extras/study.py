@@ -17,6 +17,7 @@ each writes what it says to FOLDER.txt beside its folder. On a CPU OMP_NUM_THREA
 runs out of each other's way.
 """
 
+import argparse
 import contextlib
 import json
 import re
@@ -27,48 +28,22 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import baselines  # noqa: E402
+import claims  # noqa: E402
+import variants  # noqa: E402
+from tables import CURVES, PAIRED, differences, mean, read, table, tables  # noqa: E402
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 
-SCRIPTS = {"train.py": train, "extras/baselines.py": baselines}
-COLUMNS = {  # heading: key of eval.jsonl, factor, digits
-    "LP %": ("linear_probe", 1, 2),
-    "FT 1 %": ("finetune_0.01", 1, 2),
-    "FT 10 %": ("finetune_0.1", 1, 2),
-    "kNN %": ("knn", 1, 2),
-    "−L_uniform h": ("uniformity_h", -1, 3),
-    "−L_uniform z": ("uniformity_z", -1, 3),
-    "inter-client h": ("uniformity_inter_h", -1, 3),
-    "inter-client z": ("uniformity_inter_z", -1, 3),
-    "alignment z": ("alignment_z", 1, 3),
-    "alignment h": ("alignment_h", 1, 3),
-    "eff. rank h": ("effective_rank_h", 1, 1),
-    "s/round": ("seconds_per_round", 1, 1),
-}
-CURVES = ("knn", "align", "uniformity_h", "uniformity_z")  # of metrics.jsonl
+SCRIPTS = {"train.py": train, "extras/baselines.py": baselines, "extras/variants.py": variants}
+VARIANTS = ("--init", "--split", "--embed-dim")  # flags of extras/variants.py
 CHANGED = ("rounds", "device", "data-dir")  # what a resumed run takes from the study's flags
-TABLES = {
-    "accuracy": ["LP %", "FT 1 %", "FT 10 %", "kNN %", "s/round"],
-    "geometry of h": ["−L_uniform h", "inter-client h", "alignment h", "eff. rank h"],
-    "geometry of z": ["−L_uniform z", "inter-client z", "alignment z"],
-}
-CROSSWISE = {  # heading: key of extras/separation.py's lines, space
-    "inter-client −L_uniform of z": ("inter", "z"),
-    "share of z in own dimensions": ("own_share", "z"),
-    "inter-client −L_uniform of h": ("inter", "h"),
-}
-PAIRED = "LP %,FT 1 %,FT 10 %,kNN %,−L_uniform h,−L_uniform z,alignment z,eff. rank h".split(",")
-# 0.975 quantiles of Student's t, of 1 to 9 degrees of freedom: NIST/SEMATECH e-Handbook, 1.3.6.7.2
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def plan(row, seed, folder, common):
@@ -82,6 +57,8 @@ def plan(row, seed, folder, common):
     script = next((name for name in SCRIPTS if method in SCRIPTS[name].METHODS), "train.py")
     if alone or "--client" in more:
         script = "extras/baselines.py"
+    if any(word.split("=")[0] in VARIANTS for word in [*common, *more]):
+        script = "extras/variants.py"
     args = SCRIPTS[script].build_parser().parse_args(flags)
     if not alone:
         return [(script, flags, folder)]
@@ -102,7 +79,9 @@ def train_one(script, flags, folder, output=None):
         there = checkpoint["config"]  # what was left to it to find out it has found out
         asked["clients"] = asked["clients"] or (there["clients"] if asked["split_file"] else 10)
         asked["amp"] = there["amp"] if asked["amp"] is None else asked["amp"]
-        for name in sorted(asked.keys() - {"resume", "out", "rounds", "device", "data_dir"}):
+        for name in sorted(
+            asked.keys() - {"resume", "out", "rounds", "device", "data_dir", "images"}
+        ):
             if asked[name] != there.get(name):
                 raise ValueError(
                     f"{folder} was trained with {name} {there.get(name)}, not {asked[name]}: "
@@ -147,127 +126,16 @@ def scores(folder, data_set, flags, output=None):
     return found()[-1] | curves | {"seconds_per_round": seconds}
 
 
-def mean(runs):
-    """The mean of every score, and every round's, that all runs have."""
-    keys = [key for key, _, _ in COLUMNS.values()] + [f"{key}_rounds" for key in CURVES]
-    keys = [key for key in keys if all(key in run for run in runs)]
-    return {key: np.mean([run[key] for run in runs], axis=0).tolist() for key in keys}
-
-
-def differences(studies, base):
-    """{row: {seed: scores minus the base row's}}, of one or more {row: {seed: scores}}.
-
-    A row is compared within its study or, if that has no base, with an earlier one's, in the seeds
-    that both have. A seed that two studies have is a repeat: the first counts.
-    """
-    keys, own, found = [key for key, _, _ in COLUMNS.values()], {}, {}
-    for rows in studies:
-        own = rows.get(base, own)
-        for row in (row for row in rows if row != base):
-            pairs = {seed: (run, own[seed]) for seed, run in rows[row].items() if seed in own}
-            for seed, (a, b) in pairs.items():
-                if new := {key: a[key] - b[key] for key in keys if key in a and key in b}:
-                    found.setdefault(row, {}).setdefault(seed, new)
-    return found
-
-
-def interval(values):
-    """Mean of n values and half its 95 % interval, t std / sqrt(n); a bit too wide if n > 10."""
-    n = len(values)
-    half = T[min(n, 10) - 2] * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
-    return statistics.mean(values), half
-
-
-def cell(values, digits, paired):
-    """`mean ± std`; of differences `mean (low to high)`, the ends of the 95 % interval."""
-    if not values:
-        return "–"
-    middle, half = interval(values)
-    ends = (f"{end:{'+' * paired}.{digits}f}" for end in (middle, middle - half, middle + half))
-    mean, low, high = (end.replace("-", "−") for end in ends)
-    if len(values) > 1:
-        mean += f" ({low} to {high})" if paired else f" ± {statistics.stdev(values):.{digits}f}"
-    return mean
-
-
-def table(name, headings, rows, base=None):
-    """Markdown of rows {label: {seed: scores}}, "" if empty; columns without a value left out.
-
-    base: the rows are differences, and {seed: scores} of what was subtracted; its means come first.
-    """
-    there = {key for runs in rows.values() for run in runs.values() for key in run}
-    headings = [heading for heading in headings if COLUMNS[heading][0] in there][:6]
-    lines = [[name, *headings, "n"], ["---"] * (len(headings) + 2)]
-    for label, runs in ({"itself": base, **rows} if base else rows).items():
-        found = [label]
-        for key, factor, digits in map(COLUMNS.get, headings):
-            values = [factor * run[key] for run in runs.values() if key in run]
-            text = cell(values, digits, base is not None and runs is not base)
-            found.append(text.split()[0] if runs is base else text)
-        lines.append([*found, str(len(runs))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines if headings)
-
-
-def read(lines):
-    """Lines of scores.jsonl -> {data set of a transfer, or None: {row: {seed: scores}}}."""
-    results = {}
-    for line in map(json.loads, lines):
-        row, seed, data_set = (line.pop(name) for name in ("row", "seed", "transfer"))
-        results.setdefault(data_set, {}).setdefault(row, {})[seed] = line
-    return results
-
-
-def crosswise(lines, heading, minus=None):
-    """Markdown of a value of extras/separation.py's lines, a column a row, mean ± std over seeds.
-
-    minus: a row; then its mean, and of the differences to it, with their 95 % interval.
-    """
-    (key, space), found = CROSSWISE[heading], {}
-    lines = [line for line in lines if line["space"] == space and key in line]
-    for line in sorted(lines, key=lambda line: line["round"]):
-        rows = found.setdefault(f"round {line['round']}, {line['variant']}", {})
-        rows.setdefault(line["row"], {})[line["seed"]] = line[key]
-    columns = [row for row in dict.fromkeys(line["row"] for line in lines) if row != minus]
-    text = [[heading + f", minus {minus}" * bool(minus), *["itself"] * bool(minus), *columns]]
-    text.append(["---"] * len(text[0]))
-    for name, rows in found.items():
-        own = rows.get(minus, {})
-        text.append([name, *[cell([*own.values()], 3, False).split()[0]] * bool(minus)])
-        for runs in (rows.get(row, {}) for row in columns):
-            if minus:
-                runs = {seed: runs[seed] - own[seed] for seed in runs if seed in own}
-            text[-1].append(cell([*runs.values()], 3, bool(minus)))
-    return "\n".join(f"| {' | '.join(line)} |" for line in text)
-
-
-def tables(lines):
-    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
-    parts = []
-    for data_set, rows in read(lines).items():
-        where = f", transfer to {data_set}" if data_set else ""
-        parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]
-        first = next(iter(rows))
-        parts += [table(f"minus {first}{where}", PAIRED, differences([rows], first), rows[first])]
-    return "\n\n".join(filter(None, parts))
-
-
 def renew(page):
     """A text with the tables between `<!-- KIND: FILES -->` and `<!-- end -->` made anew.
 
+    `<!-- claims -->`, or `<!-- claims 1 to N -->`: the table of extras/claims.py.
     KIND n > 1: rows of several seeds minus the first row, of the files of one study. n = 1: rows
     of one seed, or ROW minus ROW; FILES may then be of several studies, between them a comma.
-    crosswise: inter-client -L_uniform of z minus the first row's, of a file of separation.py: three
-    of its variants, in runs of one local epoch.
     """
 
     def fill(block):
         (kind, files), found, own = block.groups(), {}, {}
-        if kind == "crosswise":
-            lines = [json.loads(line) for line in (ROOT / files).open()]
-            shown = "own", "average", "same-images"
-            lines = [x for x in lines if x["variant"] in shown and x["epochs"] == 1]
-            made = crosswise(lines, next(iter(CROSSWISE)), lines[0]["row"])
-            return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"
         row, _, asked = kind.partition(" minus ")
         for names in files.split(", "):
             studies = [read((ROOT / name).read_text().splitlines()) for name in names.split()]
@@ -283,13 +151,21 @@ def renew(page):
         made = table(f"minus {base}" if own else "difference", PAIRED, found, own)
         return f"<!-- {kind}: {files} -->\n\n{made}\n\n<!-- end -->"
 
-    mark = r"<!-- (crosswise|n [>=] 1|[^>]+ minus [^>]+): (\S+\.jsonl.*?) -->.*?<!-- end -->"
+    def claims_of(block):
+        last = int(block.group(1)) if block.group(1) else None
+        return (
+            f"{block.group(0).split(' -->')[0]} -->\n\n{claims.claims_table(last)}\n\n<!-- end -->"
+        )
+
+    page = re.sub(r"<!-- claims(?: 1 to (\d+))? -->.*?<!-- end -->", claims_of, page, flags=re.S)
+    mark = r"<!-- (n [>=] 1|[^>]+ minus [^>]+): (\S+\.jsonl.*?) -->.*?<!-- end -->"
     return re.sub(mark, fill, page, flags=re.S)
 
 
 def main(argv=None):
     """Flags -> runs -> scores.jsonl -> tables; or a page with its tables anew."""
-    parser = evaluation.one_line_parser("extras/study.py", __doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.usage = argparse.SUPPRESS  # so that an error is one line
     add = parser.add_argument
     add("folder", type=Path, help="where the run folders lie; or PAGE.md, to renew")
     rows = ["fedalignuniform", "ssd"]
@@ -297,7 +173,7 @@ def main(argv=None):
     seed = train.number(int, 0)
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     add("--transfer", nargs="*", default=[], metavar="DATASET", help="evaluate on these as well")
-    add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation='--own-images'")
+    add("--evaluation", default="", metavar="FLAGS", help="eval.py's: --evaluation=--finetune")
     count = train.number(int, 1)
     add("--jobs", type=count, default=1, metavar="N", help="so many runs at a time (%(default)s)")
     parser.epilog = "after --: train.py's flags, for all rows"
@@ -334,8 +210,6 @@ def main(argv=None):
         asked = evaluation.build_parser().parse_args(["last.pt", *flags])
         if asked.dataset:
             raise ValueError("--evaluation has --dataset: that is what --transfer is for")
-        if asked.own_images and args.transfer:
-            raise ValueError("--own-images and --transfer exclude each other: run the study twice")
         with ThreadPoolExecutor(args.jobs) as pool:
             for made in (pool.map if args.jobs > 1 else map)(finish, plans):
                 lines += made

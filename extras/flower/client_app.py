@@ -11,13 +11,11 @@ import core  # noqa: F401, first: it makes mistakes one line
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import load_dataset, read_images, read_split, two_views
-from eval import pick_device
+from data import EXTENSIONS, load_dataset, read_images, read_split, two_views
 from federated import keyed_generator, train_client
 from losses import ssd_loss
-from model import SSDNet
+from model import SSDNet, pick_device
 
 app = ClientApp()
 
@@ -41,7 +39,7 @@ def train(message, context):
         raise ValueError("a node that was started anew has no d_k: the next round sends it")
     device = pick_device(context.node_config.get("device", "auto"))
     d_k = torch.tensor(context.state["kept"]["d_k"], device=device)
-    images = own_images(context.node_config, k).to(device)
+    images = own_images(context.node_config, k, config["image_size"]).to(device)
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
 
     def loss(model, batch, k, generator, global_state):
@@ -72,13 +70,13 @@ def own_id(config):
     return config["client"]
 
 
-def own_images(config, k):
-    """Node config -> uint8 (n, 3, 32, 32): every image below a folder, or part k of a split."""
+def own_images(config, k, size):
+    """Node config -> uint8 (n, 3, size, size): all images below a folder, or part k of a split."""
     if "split" in config:
         part = sorted(read_split(config["split"])[k].tolist())  # the order that train.py has
         return load_dataset(config["dataset"]).train_x[part]
     paths = [str(path) for path in sorted(Path(config["images"]).rglob("*"))]
-    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    paths = [path for path in paths if path.lower().endswith(EXTENSIONS)]
     if len(paths) < 2:
         raise ValueError(f"{config['images']} has {len(paths)} images, a client needs 2 at least")
-    return read_images(paths)
+    return read_images(paths, size)

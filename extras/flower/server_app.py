@@ -19,10 +19,10 @@ from data import load_dataset, read_split
 from federated import average_states, choose_clients, keyed_generator
 from losses import scaling_vectors
 from model import load_checkpoint
-from train import open_run, save_checkpoint
 
 OWN = ("resume", "round-timeout", "node-timeout")  # the run config's other keys are train.py's
 SENT = "beta gamma delta lr momentum weight_decay local_epochs batch_size width seed".split()
+SENT += ["image_size"]
 TERMS = ("loss", "align", "uniform", "dsr", "distill")  # what a client reports
 app = ServerApp()
 
@@ -36,7 +36,7 @@ def main(grid, context):
     strategy = SSD(config, split, model, history, node_timeout, round_timeout)
     strategy.wait_for_nodes(grid)
     if not resume:
-        open_run(config, split, model)
+        train.open_run(config, {"history": []}, split, model)
     arrays = ArrayRecord(model.state_dict())
     strategy.start(grid, arrays, config["rounds"] - len(history), timeout=round_timeout)
     data = "" if split else " --dataset DATA"
@@ -84,7 +84,8 @@ class SSD(FedAvg):
         self.d, self.monitor = scaling_vectors(*d), lambda model: {}
         self.nodes, self.have_d = {}, set()  # client -> its node; clients whose node keeps d_k
         if split:  # a demonstration: the server has the labelled data
-            data = load_dataset(config["dataset"], config["data_dir"])
+            data = load_dataset(config["dataset"], config["data_dir"], config["image_size"])
+            config["images"] = data.fingerprint()
             self.monitor = train.make_monitor(config, data, split)
 
     def wait_for_nodes(self, grid):
@@ -166,7 +167,7 @@ class SSD(FedAvg):
         line = {"round": r, "lr": self.config["lr"], "seconds": time.time() - self.began}
         line |= {"clients": self.clients, "left_out": left_out}
         self.history.append({**line, **terms, **self.monitor(self.model)})
-        save_checkpoint(Path(self.config["out"]), self.config, self.split, self.model, self.history)
+        train.save_round(self.config, self.split, self.model, self.history)
         return ArrayRecord(self.model.state_dict()), MetricRecord(terms)
 
     def check(self, content):

@@ -1,0 +1,114 @@
+"""extras/parallel.py: several processes end at one process's weights. The scripts run for real.
+
+A process that dies ends the run, and train.py goes on from its last round.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import parallel
+import pytest
+
+from model import load_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+FLAGS = "--dataset patterns --width 4 --batch-size 16 --clients 4 --alpha 1".split()
+FLAGS += "--local-epochs 1 --device cpu --no-amp".split()
+
+# the script, but `patterns` are 120 images, which are drawn at once
+SCRIPT = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "extras")!r}]
+import data, parallel, train
+draw, data.draw_patterns = data.draw_patterns, lambda: draw(120, 40)
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "train.py").write_text(SCRIPT + "train.main()\n")
+    (tmp_path / "parallel.py").write_text(SCRIPT + "parallel.main()\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def start(name, *flags, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), f"../{name}.py", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_checkpoint(f"{folder}/last.pt")[0]["model"]
+
+
+def largest_difference(one, two):
+    return max((value.double() - two[name].double()).abs().max() for name, value in one.items())
+
+
+def test_clients_go_to_the_process_with_least_to_do():
+    sizes = [5, 9, 8, 7, 5]
+    assert parallel.share_out([0, 1, 2, 3, 4], sizes, 2) == [[1, 0, 4], [2, 3]]
+    assert parallel.share_out([1, 2], sizes, 3) == [[1], [2], []]
+
+
+@pytest.mark.parametrize("more", [[], ["--clients", "5", "--participation", "0.2"]])
+def test_two_processes_equal_one_and_write_once(more):
+    """Five clients of 20 % take part: one a round, so that a process has nothing to do."""
+    flags = [*FLAGS, *more, "--rounds", "2"]
+    finish(start("train", *flags, "--out", "one"))
+    out, _ = finish(start("parallel", *flags, "--out", "two", processes=2))
+    assert out.count("round   2/2") == 1
+    assert largest_difference(weights("one"), weights("two")) < 1e-5
+    for one, two in zip(metrics("one"), metrics("two"), strict=True):
+        assert one["clients"] == two["clients"]
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
+def process_of_rank(launcher, rank):
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = (folder / "environ").read_text().split("\0")
+            if parent == launcher and f"RANK={rank}" in variables:
+                return int(folder.name)
+        except OSError:
+            continue
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by /proc")
+def test_a_process_that_dies_ends_the_run_and_one_process_goes_on():
+    process = start("parallel", *FLAGS, "--rounds", "500", "--out", "run", processes=2)
+    while process.poll() is None and not (
+        Path("run/metrics.jsonl").exists() and Path("run/metrics.jsonl").read_text()
+    ):
+        time.sleep(0.01)
+    os.kill(process_of_rank(process.pid, 1), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    done = len(load_checkpoint("run/last.pt")[0]["history"])
+    finish(start("train", "--resume", "run/last.pt", "--rounds", str(done + 1)))
+    assert [line["round"] for line in metrics("run")] == list(range(1, done + 2))
+
+
+def test_a_mistake_is_said_once():
+    _, err = start("parallel", *FLAGS, "--clients", "119", processes=2).communicate(timeout=200)
+    assert err.count("parallel.py: error: ") == 1 and "119 clients" in err
+    assert list(Path().iterdir()) == []
+    _, err = finish(start("parallel", *FLAGS), status=2)
+    assert "start it with torchrun" in err and len(err.splitlines()) == 1
