@@ -78,7 +78,7 @@ def train_client(
     if samples.is_cuda:
         gpus.append(samples.device)
     with torch.random.fork_rng(gpus):
-        torch.manual_seed(generator.initial_seed())  # of what draws for itself, as dropout
+        torch.manual_seed(generator.initial_seed())  # dropout draws from torch's own generator
         for _ in range(epochs):
             order = index[torch.randperm(len(index), generator=generator)]
             order = order.to(samples.device, non_blocking=True)
@@ -135,7 +135,7 @@ def weighted_sum(states, weights, like):
     for name, value in like.items():
         total[name] = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
     for state, weight in zip(states, weights, strict=True):
-        for name in [*like, *state]:
+        for name in [*like, *state]:  # has each all of the other's names?
             if name not in state or name not in like or state[name].shape != like[name].shape:
                 raise ValueError(f"states of different networks: they differ in {name}")
         if weight == 0:

@@ -2,7 +2,7 @@ r"""Train SSD, or one of its ablations, on K simulated clients: from data to che
 
     python train.py --clients 10 --alpha 0.1             # the paper's run: CIFAR-10, 100 rounds
     python train.py --dataset patterns --width 8 --clients 3 --alpha 1 --rounds 8 \
-        --local-epochs 2 --batch-size 32 --lr 0.05       # no download, three minutes on two cores
+        --local-epochs 2 --batch-size 32 --lr 0.05       # no download, three to six minutes
     python train.py --resume runs/NAME/last.pt           # goes on; --rounds, --lr ... may change
 
 The functions come in the order in which `main`, at the end, calls them. A run writes runs/NAME/:
@@ -38,7 +38,7 @@ METHODS = {
     "hsd": {"gamma": 0.0, "delta": 0.0},
 }
 # A run is its flags. Beside --resume only these may have other values; a line of metrics.jsonl
-# tells those that its round had. The data set may have moved: its fingerprint stays.
+# tells those that its round had. The data set may lie elsewhere: `prepare` checks its images.
 MAY_CHANGE = ("rounds", "lr", "local_epochs", "batch_size", "participation", "momentum")
 MAY_CHANGE += ("weight_decay", "amp", "compile", "device", "dataset", "data_dir")
 
@@ -75,7 +75,7 @@ def build_parser(methods=METHODS):
     positive, share = number(float, 1e-12), number(float, 1e-12, 1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
         usage=argparse.SUPPRESS)  # so that an error is one line
-    parser.set_defaults(images=None, embed_dim=None)  # no flags: set by `prepare`, extras/
+    parser.set_defaults(images=None, embed_dim=None)  # no flags: of `prepare`; of variants.py
     add = parser.add_argument_group("federated").add_argument
     add("--dataset", default="cifar10", help="cifar10, cifar100, patterns, or a folder with "
         "train/<class>/ and test/<class>/ (%(default)s)")
@@ -119,11 +119,13 @@ def read_config(parser, argv=None, methods=METHODS):
     saved = {}
     if config["resume"]:
         path = config["resume"]
+        if Path(path).name != "last.pt":  # the run would go on in the last.pt beside it
+            raise ValueError(f"--resume {path}: call it last.pt, in a folder of its own")
         checkpoint, _ = load_checkpoint(path)
         saved = {**checkpoint["config"], "resume": path, "out": str(Path(path).parent)}
-        if saved["method"] not in methods or saved.keys() - config.keys():
+        if saved["method"] not in methods or saved.keys() - config.keys():  # flags of its own
             raise ValueError(f"{path} is another script's run, of method {saved['method']}")
-        parser.set_defaults(**saved)  # what is not said anew stays as it was
+        parser.set_defaults(**saved)  # parsed again: what is not said stays as it was
         config = vars(parser.parse_args(argv))
     for name in saved:
         if config[name] != saved[name] and name not in MAY_CHANGE:
@@ -197,7 +199,7 @@ def compile_step(must):
         nonlocal step
         try:
             return step(*arguments)
-        except Exception as error:  # no Triton, no C compiler, or a loss with a bug: it comes again
+        except Exception as error:  # no Triton, no C compiler; a loss's own bug comes once more
             if must or step is ssd_step:
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -215,8 +217,7 @@ def make_loss(config, num_clients, device, objective=ssd_loss):
     hard = config["method"] == "hsd"
     if hard and np.float32(config["scale"]) == 1:  # in the precision of d_k
         raise ValueError("--method hsd needs --scale other than 1, which marks no dimension")
-    weights = {name: config[name] for name in ("beta", "gamma", "delta")}
-    weights["hard"] = hard
+    weights = {"hard": hard} | {name: config[name] for name in ("beta", "gamma", "delta")}
     fast_step = ssd_step
     if config["compile"] or (config["compile"] is None and device.type == "cuda"):
         fast_step = compile_step(must=config["compile"])
@@ -249,8 +250,7 @@ def open_run(config, checkpoint, split, model):
         record["device_name"] = torch.cuda.get_device_name()
     record["versions"] = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     (folder / "config.json").write_text(json.dumps(record, indent=1))
-    parts = {k: part.tolist() for k, part in enumerate(split)}
-    (folder / "split.json").write_text(json.dumps(parts))
+    (folder / "split.json").write_text(json.dumps({k: p.tolist() for k, p in enumerate(split)}))
     save_round(config, split, model, checkpoint["history"])
 
 
@@ -322,10 +322,10 @@ def run_rounds(config, checkpoint, data, split, model, loss, one_round=federated
             start = time.time()
             report = one_round(model, optimizer, data.train_x, split, loss, r, **options)
             terms = report.pop("terms")
-            line = {"round": r + 1, **monitor(model), **terms, **report}
+            line = {**terms, "round": r + 1, **monitor(model), **report}
             line["seconds"] = time.time() - start
             line |= {name: config[name] for name in MAY_CHANGE}
-            line["lr"] = optimizer.param_groups[0]["lr"]
+            line["lr"] = optimizer.param_groups[0]["lr"]  # a schedule's, of this round
             history.append(line)
             save_round(config, split, model, history)
             print_round(config, line, terms)

@@ -344,6 +344,16 @@ def test_a_run_with_an_own_loss_bears_the_scripts_name(small, monkeypatch, mista
     mistake(train.main, ["--resume", last, "--rounds", "3"], "another script's run, of method mine")
 
 
+def test_a_term_does_not_take_the_place_of_a_score(small, monkeypatch):
+    def objective(*outputs, **weights):
+        total, terms = ssd_loss(*outputs, **weights)
+        return total, {**terms, "knn": torch.tensor(-7.0), "round": torch.tensor(-7.0)}
+
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    train.main([*small, "--out", "runs/a"], objective=objective)
+    assert lines()[0]["round"] == 1 and lines()[0]["knn"] >= 0
+
+
 def test_a_script_with_the_name_of_a_row_is_refused(small, monkeypatch, mistake):
     monkeypatch.setattr(sys, "argv", ["ssd.py"])
     mistake(lambda flags: train.main(flags, objective=own_objective), small, "ssd.py")
@@ -424,7 +434,7 @@ FILES = {
     "short.json": json.dumps([PARTITION[0], PARTITION[1][:-1]]),
     "lonely.json": json.dumps([[0], list(range(1, 120))]),
     "good.json": json.dumps(PARTITION),
-    "garbage.pt": "garbage",
+    "garbage/last.pt": "garbage",
     "full/file": "x",
 }
 
@@ -475,8 +485,9 @@ FILES = {
         ("--split-file short.json --clients 2", "once: see image 119"),
         ("--split-file lonely.json --clients 2", "at least 2"),
         ("--split-file good.json", "--clients 3: split file good.json has 2"),
-        ("--resume missing.pt", "missing.pt is not a checkpoint.*No such file"),
-        ("--resume garbage.pt", "garbage.pt is not a checkpoint"),
+        ("--resume missing/last.pt", "missing/last.pt is not a checkpoint.*No such file"),
+        ("--resume garbage/last.pt", "garbage/last.pt is not a checkpoint"),
+        ("--resume garbage/round2.pt", "round2.pt: call it last.pt"),
         ("--out full", "full is not empty"),
         ("--out not.json", "not.json"),
         ("--out not.json/run", "not.json"),
@@ -485,6 +496,7 @@ FILES = {
 )
 def test_a_mistake_is_one_line_and_writes_nothing(flags, words, small, tmp_path, mistake):
     (tmp_path / "full").mkdir()
+    (tmp_path / "garbage").mkdir()
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     before = sorted(tmp_path.rglob("*"))
