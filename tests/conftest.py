@@ -1,7 +1,9 @@
 """What several test files share: small data, a small run, and what a user's mistake looks like."""
 
+import json
 import os
 import re
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks here are too small for more, also in scripts
 
@@ -10,6 +12,7 @@ import torch
 
 import data
 import train
+from model import load_checkpoint
 
 SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1"
 SMALL = [*SMALL.split(), "--local-epochs", "1", "--device", "cpu", "--no-amp"]
@@ -68,3 +71,18 @@ def mistake(capsys):
 def same(one, two):
     """Are two state dicts equal, bit for bit?"""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def weights(path="runs/a/last.pt"):
+    """The state dict in a checkpoint."""
+    return load_checkpoint(path)[0]["model"]
+
+
+def lines(folder="runs/a"):
+    """A run's metrics.jsonl, a dict a line."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def files():
+    """What lies in the working folder: the bytes of every file by its path."""
+    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}

@@ -1,6 +1,7 @@
 """federated.py: FedAvg on known answers; the order of the clients does not matter."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -19,9 +20,8 @@ from federated import (
 
 def small_net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
-    )
+    body = nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    return nn.Sequential(*body)
 
 
 def noisy_loss(model, batch, k, generator, global_state):
@@ -47,10 +47,14 @@ def run(net, rounds=2, split=SPLIT, loss=noisy_loss, start=0, **options):
     return reports
 
 
-def train_alone(net, k, split=SPLIT):
+def shapes(state):
+    return [(name, value.shape) for name, value in state.items()]
+
+
+def train_alone(net, k, split=SPLIT, make=sgd):
     """Client k's part of round 0, with an optimiser of its own -> its state dict."""
     own, rng = copy.deepcopy(net), keyed_generator(0, "client", 0, k)
-    train_client(own, sgd(own), IMAGES, split[k], noisy_loss, k, rng, 2, 8)
+    train_client(own, make(own), IMAGES, split[k], noisy_loss, k, rng, 2, 8)
     return own.state_dict()
 
 
@@ -75,15 +79,6 @@ def test_average_of_equal_models_is_that_model_and_of_one_is_that_one():
     assert [v.dtype for v in alone.values()] == [v.dtype for v in state.values()]
 
 
-def test_average_equals_a_loop_in_float64():
-    states = [small_net(seed).state_dict() for seed in range(4)]
-    weights = [1, 2, 3, 4]
-    average = average_states(states, weights)
-    for name, value in average.items():
-        expected = sum(w / 10 * state[name].double() for w, state in zip(weights, states))
-        assert torch.allclose(value.double(), expected, atol=1e-7)
-
-
 def test_averaging_goes_by_name_and_states_that_do_not_fit_are_named():
     state = small_net().state_dict()
     turned = dict(reversed(state.items()))  # as a safetensors file may have them
@@ -105,51 +100,53 @@ def test_what_is_meant_not_to_be_finite_is_averaged():
 
 @pytest.mark.parametrize(
     "count, weights",
-    [
-        (1, []),
-        (2, [1]),
-        (1, [1, 1]),
-        (2, [0, 0]),
-        (2, [2, -1]),
-        (1, [float("nan")]),
-        (1, [float("inf")]),
-    ],
+    [(1, []), (2, [1]), (1, [1, 1]), (2, [0, 0]), (2, [2, -1]), (1, [torch.nan]), (1, [torch.inf])],
 )
 def test_weights_that_do_not_fit_are_a_value_error(count, weights):
     with pytest.raises(ValueError):
         average_states([{"w": torch.ones(2)}] * count, weights)
 
 
+def test_small_integers_are_weights_too_and_no_graph_is_kept():
+    states = [{"w": torch.ones(1, requires_grad=True)}, {"w": torch.zeros(1)}]
+    average = average_states(states, np.array([200, 200], dtype=np.uint8))["w"]
+    assert average == 0.5 and not average.requires_grad
+
+
 # ------------------------------------------------------------------ a round
 
 
-def test_one_client_with_all_data_is_plain_training():
-    net = small_net()
-    expected = train_alone(net, 0, [range(60)])
-    run(net, rounds=1, split=[range(60)])
-    assert same(net.state_dict(), expected)
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("SGD", {"momentum": 0.9, "weight_decay": 1e-4}),
+        ("SGD", {"momentum": 0.9, "dampening": 0.5}),
+        ("Adam", {}),
+        ("NAdam", {}),
+        ("Rprop", {}),
+        ("ASGD", {}),
+        ("Adagrad", {}),
+    ],
+)
+def test_a_round_equals_separate_models_with_their_own_optimisers_averaged(name, options):
+    def make(net):
+        return getattr(torch.optim, name)(net.parameters(), lr=0.01, **options)
 
-
-def test_a_round_equals_separate_models_averaged():
     net = small_net()
-    states = [train_alone(net, k) for k in range(3)]
-    run(net, rounds=1)
+    states = [train_alone(net, k, make=make) for k in range(3)]
+    used = make(net)
+    federated_round(net, used, IMAGES, SPLIT, noisy_loss, 0, local_epochs=2, batch_size=8)
     assert same(net.state_dict(), average_states(states, [10, 25, 25]))
 
 
-def test_the_order_of_clients_does_not_matter():
-    net, turned = small_net(), small_net()
+def test_the_order_of_clients_does_not_matter_and_defaults_can_be_passed_as_they_are():
+    net, again, turned = small_net(), small_net(), small_net()
     run(net)
+    run(again, choose=choose_clients, average=average_states)
+    assert same(net.state_dict(), again.state_dict())
     run(turned, choose=lambda *_: [2, 1, 0])
     for one, other in zip(net.state_dict().values(), turned.state_dict().values()):
         assert torch.allclose(one, other, atol=1e-6)  # up to the order of the sum
-
-
-def test_the_defaults_can_be_passed_as_they_are():
-    net, other = small_net(), small_net()
-    run(net)
-    run(other, choose=choose_clients, average=average_states)
-    assert same(net.state_dict(), other.state_dict())
 
 
 def test_going_on_from_a_round_equals_never_having_stopped():
@@ -160,19 +157,6 @@ def test_going_on_from_a_round_equals_never_having_stopped():
     fresh.load_state_dict(stopped.state_dict())
     run(fresh, rounds=4, start=2)
     assert same(straight.state_dict(), fresh.state_dict())
-
-
-def test_rounds_clients_and_seeds_have_their_own_random_numbers():
-    keys = [
-        (0, "client", 0, 0),
-        (0, "client", 0, 1),
-        (0, "client", 1, 0),
-        (1, "client", 0, 0),
-        (0, "clients", 0),
-    ]
-    draws = [torch.rand(4, generator=keyed_generator(*key)) for key in keys]
-    assert len(torch.stack(draws).unique(dim=0)) == len(keys)
-    assert torch.equal(draws[0], torch.rand(4, generator=keyed_generator(*keys[0])))
 
 
 def test_every_round_and_seed_draws_its_own_clients_and_numbers():
@@ -186,12 +170,18 @@ def test_every_round_and_seed_draws_its_own_clients_and_numbers():
         options = {"participation": 0.3, "local_epochs": 1, "seed": seed}
         reports = run(small_net(), 3, split, note, **options)
         assert [len(report["clients"]) for report in reports] == [3] * 3
-    assert seen == [
-        (k, keyed_generator(seed, "client", r, k).initial_seed())
-        for seed in (0, 1)
-        for r in range(3)
-        for k in choose_clients(10, 0.3, keyed_generator(seed, "clients", r))
-    ]
+    expected = []
+    for seed in (0, 1):
+        for r in range(3):
+            for k in choose_clients(10, 0.3, keyed_generator(seed, "clients", r)):
+                expected.append((k, keyed_generator(seed, "client", r, k).initial_seed()))
+    assert seen == expected and len({numbers for _, numbers in seen}) == 18
+
+
+def test_the_defaults_are_the_papers():
+    parameters = inspect.signature(federated_round).parameters
+    for name, value in (("participation", 1), ("local_epochs", 5), ("batch_size", 128)):
+        assert parameters[name].default == value
 
 
 def test_terms_are_means_over_all_steps():
@@ -216,26 +206,14 @@ def test_reports_are_averaged_by_samples():
 def test_another_rule_of_averaging_needs_no_edit():
     def last_one_wins(states, weights, global_state, r, clients):
         assert same(global_state, small_net().state_dict())
-        assert weights == [len(part) for part in SPLIT] and r == 0 and clients == [0, 1, 2]
+        assert [shapes(state) for state in states] == 3 * [shapes(global_state)]  # nothing else
+        assert weights == [10, 25, 25] and r == 0 and clients == [0, 1, 2]
         return states[-1]
 
     net = small_net()
     expected = train_alone(net, 2)
     run(net, rounds=1, average=last_one_wins)
     assert same(net.state_dict(), expected)
-
-
-def test_only_weights_and_sample_counts_reach_the_averaging():
-    def inspect(states, weights, global_state, r, clients):
-        seen = list(states)
-        assert weights == [10, 25, 25]
-        for state in [*seen, global_state]:
-            assert [(n, v.shape) for n, v in state.items()] == shapes
-        return average_states(seen, weights)
-
-    net = small_net()
-    shapes = [(name, value.shape) for name, value in net.state_dict().items()]
-    run(net, rounds=1, average=inspect)
 
 
 def test_a_client_sees_its_own_samples_only_and_every_batch_is_full():
@@ -320,46 +298,14 @@ def test_choice_is_distinct_sorted_reproducible_and_fair():
         assert len(set(chosen)) == 10 and chosen == sorted(chosen)
         counts[chosen] += 1
     assert counts.min() > 330 and counts.max() < 470  # 400 expected, standard deviation 18
-    assert (
-        choose_clients(10, 0.01, keyed_generator(0))
-        and len(choose_clients(3, 1.0, keyed_generator(0))) == 3
-    )
+    for count, participation, expected in ((10, 0.01, 1), (3, 1.0, 3), (10, 0.26, 3)):
+        assert len(choose_clients(count, participation, keyed_generator(0))) == expected
 
 
 @pytest.mark.parametrize("participation", [0, -0.5, 1.1, float("nan")])
 def test_participation_outside_its_range_is_a_value_error(participation):
     with pytest.raises(ValueError, match="participation"):
         choose_clients(10, participation, keyed_generator(0))
-
-
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("SGD", {"momentum": 0.9}),
-        ("SGD", {"momentum": 0.9, "dampening": 0.5}),
-        ("Adam", {}),
-        ("AdamW", {}),
-        ("NAdam", {}),
-        ("Rprop", {}),
-        ("ASGD", {}),
-        ("Adagrad", {}),
-        ("RMSprop", {"momentum": 0.9}),
-    ],
-)
-def test_every_client_begins_with_an_optimiser_as_new(name, options):
-    """A round of one optimiser for all clients equals one in which each client has its own."""
-
-    def make(net):
-        return getattr(torch.optim, name)(net.parameters(), lr=0.01, **options)
-
-    net, states = small_net(), []
-    for k, part in enumerate(SPLIT):
-        own, rng = copy.deepcopy(net), keyed_generator(0, "client", 0, k)
-        train_client(own, make(own), IMAGES, part, noisy_loss, k, rng, 2, 8)
-        states.append(own.state_dict())
-    used = make(net)
-    federated_round(net, used, IMAGES, SPLIT, noisy_loss, 0, local_epochs=2, batch_size=8)
-    assert same(net.state_dict(), average_states(states, [10, 25, 25]))
 
 
 # ------------------------------------------------------------------ rules of one's own
@@ -409,12 +355,6 @@ def test_dropout_draws_from_the_round_and_the_client_and_gives_torchs_generator_
     assert same(one.state_dict(), other.state_dict())
 
 
-def test_small_integers_are_weights_too_and_no_graph_is_kept():
-    states = [{"w": torch.ones(1, requires_grad=True)}, {"w": torch.zeros(1)}]
-    average = average_states(states, np.array([200, 200], dtype=np.uint8))["w"]
-    assert average == 0.5 and not average.requires_grad
-
-
 def test_a_term_that_some_clients_report_is_their_mean():
     def loss(model, batch, k, generator, global_state):
         terms = {"k": torch.tensor(float(k))} if k else {}
@@ -425,37 +365,23 @@ def test_a_term_that_some_clients_report_is_their_mean():
 
 def test_fedbn_keeps_every_clients_batchnorm_in_a_dozen_lines():
     """FedBN (Li et al. 2021): BatchNorm's entries stay with the client, the others are averaged."""
-    own, net = {}, small_net()
-
-    def is_bn(name):
-        return name.startswith("2.")
+    own, began, net = {}, {}, small_net()
 
     def keep(states, weights, global_state, r, clients):
         for k, state in zip(clients, states):
-            own[k] = {name: value for name, value in state.items() if is_bn(name)}
+            own[k] = {name: value for name, value in state.items() if name.startswith("2.")}
         return average_states(states, weights)
 
     def bring_back(model, k):
         model.load_state_dict(own.get(k, {}), strict=False)
+        began[k] = copy.deepcopy(model.state_dict())
 
-    seen = []
-
-    def watch(model, batch, k, generator, global_state):
-        seen.append((k, copy.deepcopy(model.state_dict()), global_state))
-        return noisy_loss(model, batch, k, generator, global_state)
-
-    options = {"average": keep, "on_client_start": bring_back, "local_epochs": 1}
-    run(net, 1, loss=watch, batch_size=25, **options)
-    first = own.copy()
-    run(net, 2, loss=watch, batch_size=25, start=1, **options)
-    last = own.copy()
-    assert [k for k, *_ in seen] == [0, 1, 2] * 2  # one step a client and round
-    for k, state, global_state in seen[3:]:
-        for name, value in state.items():
-            begin = first[k] if is_bn(name) else global_state
-            if not name.startswith("2.running") and not name.endswith("tracked"):  # forward moves
-                assert torch.equal(value, begin[name]), name
-    assert not same(first[0], first[1]) and not same(first[0], last[0])
+    run(net, 1, average=keep, on_client_start=bring_back)
+    first, between = own.copy(), copy.deepcopy(net.state_dict())
+    run(net, 2, start=1, average=keep, on_client_start=bring_back)
+    for k in range(3):
+        assert same(began[k], {**between, **first[k]})
+    assert not same(first[0], first[1]) and not same(first[0], own[0])
 
 
 def test_indices_as_samples_train_a_classifier_with_labels():

@@ -1,5 +1,6 @@
-"""model.py: the network is torchvision's ResNet-18 with another stem, at any width."""
+"""model.py: the network is torchvision's ResNet-18 with another stem, at any width; its file."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,34 +8,45 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from conftest import files, same
 
-from model import SSDNet, resnet18
+import eval as evaluation
+import train
+from model import SSDNet, load_checkpoint, load_weights, pick_device, resnet18, save_checkpoint
 
 
 def count(module):
-    return sum(p.numel() for p in module.parameters())
+    return round(sum(p.numel() for p in module.parameters()) / 1e6, 2)
 
 
-def test_parameter_counts_of_the_paper():
-    net = SSDNet()
-    assert (
-        round(count(net.encoder) / 1e6, 2) == 11.17 and round(count(net.projector) / 1e6, 2) == 2.10
-    )
-
-
-@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("width", [4, 16, 64])
 def test_shapes_scale_with_width(width):
-    h, u = SSDNet(width)(torch.rand(2, 3, 32, 32))
+    net = SSDNet(width)
+    h, u = net(torch.rand(2, 3, 32, 32))
     assert h.shape == u.shape == (2, 8 * width)
-    first, norm, relu, last = SSDNet(width).projector
+    first, norm, relu, last = net.projector
     assert first.out_features == last.in_features == 32 * width
     assert isinstance(norm, torch.nn.BatchNorm1d) and isinstance(relu, torch.nn.ReLU)
+    if width == 64:  # the paper's
+        assert (first.in_features, first.out_features, last.out_features) == (512, 2048, 512)
+        assert (count(net.encoder), count(net.projector)) == (11.17, 2.10)
+
+
+def test_u_may_have_other_dimensions_or_be_h_itself():
+    x = torch.rand(2, 3, 16, 16)
+    assert [part.shape for part in SSDNet(4, embed_dim=5)(x)] == [(2, 32), (2, 5)]
+    h, u = SSDNet(4, projector=False)(x)
+    assert torch.equal(h, u)
+    assert SSDNet(1)(x)[0].shape == (2, 8)
+    with pytest.raises(ValueError, match="got 0"):
+        SSDNet(0)
 
 
 def cifar_resnet18():
     """torchvision's network with a 3x3 stem and without max-pool."""
     net = torchvision.models.resnet18()
     net.conv1 = torch.nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    torch.nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = torch.nn.Identity()
     return net
 
@@ -42,21 +54,14 @@ def cifar_resnet18():
 def test_torchvisions_network_loads_the_encoder_as_it_is_and_gives_the_same():
     torch.manual_seed(0)
     encoder, net = SSDNet().encoder, cifar_resnet18()
+    for name, ours in encoder.named_parameters():  # the initialisation, too
+        assert ours.std().item() == pytest.approx(net.get_parameter(name).std().item(), rel=0.1)
     missing, unexpected = net.load_state_dict(encoder.state_dict(), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and unexpected == []
     net.fc = torch.nn.Identity()
-    x = torch.rand(4, 3, 32, 32)
+    x = torch.rand(4, 3, 16, 16)
     for training in (True, False):
         assert torch.allclose(encoder.train(training)(x), net.train(training)(x), atol=1e-6)
-
-
-def test_initialisation_is_torchvisions():
-    torch.manual_seed(0)
-    ours, reference = resnet18(64), cifar_resnet18()
-    torch.nn.init.kaiming_normal_(reference.conv1.weight, mode="fan_out", nonlinearity="relu")
-    for name, one in ours.named_parameters():
-        other = reference.get_parameter(name)
-        assert one.std().item() == pytest.approx(other.std().item(), rel=0.1), name
 
 
 @pytest.mark.parametrize("width", [2, 8, 16])
@@ -67,6 +72,8 @@ def test_a_shortcut_is_a_strided_convolution_at_every_width(width):
     weight, norm = shortcut.get_parameter("0.weight"), shortcut.get_submodule("1")
     strided = torch.nn.functional.conv2d(x, weight, stride=2)
     assert torch.allclose(shortcut(x), norm(strided), atol=1e-6)
+    kinds = [type(module) for module in shortcut]  # one that pools only where oneDNN needs it
+    assert (torch.nn.AvgPool2d in kinds) == (width < 16)
 
 
 # A strided 1x1 convolution of 8 channels in the place of the shortcut ends this with a signal, on
@@ -78,7 +85,7 @@ from model import resnet18
 torch.set_num_threads(2)
 shortcut = resnet18(8).layer2[0].downsample.to(memory_format=torch.channels_last)
 x = torch.rand(127, 8, 32, 32).to(memory_format=torch.channels_last)
-for _ in range(12):
+for _ in range(6):
     shortcut(x).sum().backward()
 """
 
@@ -89,21 +96,86 @@ def test_a_narrow_network_trains_in_channels_last():
     assert done.returncode == 0, done.stderr
 
 
-def test_without_projector_u_is_h():
-    net = SSDNet(4, projector=False)
-    h, u = net(torch.rand(2, 3, 32, 32))
-    assert torch.equal(h, u) and not list(net.projector.parameters())
+def test_a_device_that_is_not_there_is_a_value_error():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("tpu", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=f"{name}.*--device cpu"):
+            pick_device(name)
 
 
-def test_the_stem_keeps_the_resolution():
-    stages = resnet18(4)
-    x, sizes = torch.rand(1, 3, 32, 32), []
-    for module in stages:
-        x = module(x)
-        sizes.append(x.shape[-1])
-    assert sizes == [32, 32, 32, 32, 16, 8, 4, 1, 32]
+# ------------------------------------------------------------------ its file
+
+CONFIG = {"width": 2, "embed_dim": 3, "projector": True}
 
 
-def test_an_impossible_width_is_a_value_error():
-    with pytest.raises(ValueError, match="got 0"):
-        SSDNet(0)
+def test_a_checkpoint_comes_back_bit_equal(tmp_path):
+    net, path = SSDNet(2, 3), tmp_path / "last.pt"
+    save_checkpoint(path, CONFIG, [range(3), [4]], net, [{"round": 1}])
+    assert os.listdir(tmp_path) == ["last.pt"]
+    draws = torch.get_rng_state()
+    checkpoint, again = load_checkpoint(path)
+    assert torch.equal(draws, torch.get_rng_state())  # no weights are drawn for it
+    assert checkpoint["config"] == CONFIG and checkpoint["history"] == [{"round": 1}]
+    assert [part.tolist() for part in checkpoint["split"]] == [[0, 1, 2], [4]]
+    assert same(again.state_dict(), net.state_dict())
+    assert not again.training and all(p.requires_grad for p in again.parameters())
+
+
+def test_a_part_that_is_not_of_the_network_is_left_aside(tmp_path):
+    net, more = SSDNet(2, 3), SSDNet(2, 3)
+    more.predictor = torch.nn.Linear(3, 3)  # as FedX has it
+    more.load_state_dict(net.state_dict(), strict=False)
+    save_checkpoint(tmp_path / "last.pt", CONFIG, [], more, [])
+    assert same(load_checkpoint(tmp_path / "last.pt")[1].state_dict(), net.state_dict())
+    with pytest.raises(ValueError, match="another network than model.py's: see predictor.weight"):
+        load_weights(net, more.state_dict(), "last.pt")
+
+
+class Code:
+    """A pickle of it creates a file when it is read without care."""
+
+    def __reduce__(self):
+        return open, ("was_run", "w")
+
+
+def changed(change):
+    """Load the file, change its content, write it again."""
+
+    def damage(path):
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return damage
+
+
+BN, CONV = "encoder.bn1.weight", "encoder.layer1.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: path.write_bytes(b""), "not a checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes()[:2000]), "not a checkpoint"),
+        (lambda path: path.unlink(), "not a checkpoint"),
+        (lambda path: torch.save(torch.ones(3), path), "not a checkpoint"),
+        (lambda path: torch.save({"config": Code()}, path), "not a checkpoint"),
+        (changed(lambda content: content["config"].update(width=10**9)), "checkpoint|network"),
+        (changed(lambda content: content["config"].update(width=None)), "not a checkpoint"),
+        (changed(lambda content: content["config"].update(width=8)), "another network"),
+        (changed(lambda content: content["config"].update(projector=False)), "another network"),
+        (changed(lambda content: content.pop("config")), "no config in it"),
+        (changed(lambda content: content.pop("model")), "no model in it"),
+        (changed(lambda content: content.pop("split")), "no split in it"),
+        (changed(lambda content: content.pop("history")), "no history in it"),
+        (changed(lambda content: content["model"].update({BN: torch.ones(3)})), f"network.*{BN}"),
+        (changed(lambda content: content["model"].pop(CONV)), f"another network.*{CONV}"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_one_line_and_changes_nothing(damage, words, run, mistake):
+    damage(Path(run))
+    before = files()
+    mistake(train.main, ["--resume", run], words)
+    mistake(evaluation.main, [run, "--device", "cpu"], words)
+    assert files() == before

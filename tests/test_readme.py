@@ -1,8 +1,9 @@
 """README.md: its code runs, its commands parse, its links lead on; each core file stands alone."""
 
-import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,48 +65,55 @@ def test_every_command_has_flags_that_exist(command):
     {"train.py": train, "eval.py": evaluation}[script].build_parser().parse_args(flags)
 
 
-def test_the_example_of_an_own_loss_trains(tmp_path):
-    """As a reader would: a file of one's own beside the project, train.py's flags."""
-    (tmp_path / "mine.py").write_text(block("mine.py"))
-    flags = "--dataset patterns --width 2 --limit 90 --clients 3 --alpha 1 --batch-size 16"
-    flags += " --rounds 1 --local-epochs 1 --lr 0.01 --device cpu --out runs/mine"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "mine.py", *flags.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "round   1/1" in done.stdout and "  spread 0." in done.stdout
-    assert (tmp_path / "runs/mine/last.pt").exists()
+def test_the_example_of_an_own_loss_trains(small, monkeypatch, capsys):
+    """As a reader would: a file of one's own, train.py's flags."""
+    Path("mine.py").write_text(block("mine.py"))
+    monkeypatch.setattr(sys, "argv", ["mine.py", *small, "--lr", "0.01"])
+    runpy.run_path("mine.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "round   1/1" in printed and "  spread 0." in printed
+    assert Path("runs/patterns-mine-k3-seed0/last.pt").exists()
+
+
+ALONE = {  # what a copied core file needs beside it, and a part of what it prints
+    "losses": ([], "step 5: inter-client -L_uniform 1.787"),
+    "federated": ([], "round 6: w = 2.9531"),  # 3 (1 - 2^-6)
+    "model": ([], "encoder 11.17 M, projector 2.10 M"),
+    "data": ([], "columns sum to 500"),
+    "eval": (["data", "model"], None),  # a script, no demonstration
+}
+COPIES = """  # one process for all, which forgets every file before the next
+import doctest, importlib, runpy, sys
+names = sys.argv[1:]
+for name in names:
+    sys.path[0] = name
+    failed = doctest.testmod(importlib.import_module(name)).failed
+    print(f"{name}: {failed} failed")
+    if name != "eval":
+        runpy.run_path(f"{name}/{name}.py", run_name="__main__")
+    for other in names:
+        sys.modules.pop(other, None)
+"""
+
+
+def test_a_copied_file_works_alone_its_example_and_its_demonstration(tmp_path):
+    """In a folder with nothing but what it says that it needs, and without a warning."""
+    for name, (needs, _) in ALONE.items():
+        (tmp_path / name).mkdir()
+        for file in (name, *needs):
+            shutil.copy(ROOT / f"{file}.py", tmp_path / name)
+    strict = [f"-Werror::{kind}Warning" for kind in ("Deprecation", "Future", "User")]
+    command = [sys.executable, *strict, "-c", COPIES, *ALONE]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done
+    for name, (_, shown) in ALONE.items():
+        assert f"{name}: 0 failed" in done.stdout
+        assert shown is None or (shown in done.stdout and f"`python {name}.py`" in README)
 
 
 def prose(page):
     """A page's lines, without what stands in ``` blocks."""
     return re.sub(r"^```.*?^```", "", page, flags=re.S | re.M).splitlines()
-
-
-@pytest.mark.parametrize(
-    "name, needs, shown",
-    [
-        ("losses", [], "step 5: inter-client -L_uniform 1.787"),
-        ("federated", [], "round 6: w = 2.9531"),  # 3 (1 - 2^-6)
-        ("model", [], "encoder 11.17 M, projector 2.10 M"),
-        ("data", [], "columns sum to 500"),
-        ("eval", ["data", "model"], None),  # a script, no demonstration
-    ],
-)
-def test_a_copied_file_works_alone_its_example_and_its_demonstration(name, needs, shown, tmp_path):
-    """In a folder with nothing but what it says that it needs, and without a warning."""
-    for file in (name, *needs):
-        (tmp_path / f"{file}.py").write_text((ROOT / f"{file}.py").read_text())
-    code = f"import doctest, runpy, {name}; print(doctest.testmod({name}))"
-    code += f"; runpy.run_path('{name}.py', run_name='__main__')" * bool(shown)
-    strict = [f"-Werror::{kind}Warning" for kind in ("Deprecation", "Future", "User")]
-    command = [sys.executable, *strict, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.startswith("TestResults(failed=0"), done
-    assert done.returncode == 0 and done.stderr == "", done
-    if shown:
-        assert f"`python {name}.py`" in README
-        assert shown in done.stdout and len(done.stdout.splitlines()) >= 4
 
 
 def anchors(page):

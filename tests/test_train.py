@@ -7,10 +7,12 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
+from conftest import files, lines, same, weights
+from PIL import Image
 
 import data
 import train
@@ -27,42 +29,19 @@ def config_of(flags=""):
     return config
 
 
-def weights(path="runs/a/last.pt"):
-    return load_checkpoint(path)[0]["model"]
-
-
-def lines(folder="runs/a"):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
 # ------------------------------------------------------------------ the paper's run
 
-PAPER = {  # Fang et al. 2025; their code for what the paper leaves open (learning rate: constant)
-    "dataset": "cifar10",
-    "clients": None,  # 10, see below
-    "alpha": 0.1,
-    "participation": 1.0,
-    "rounds": 100,
-    "local_epochs": 5,
-    "method": "ssd",
-    "beta": 1.0,
-    "gamma": 1.0,
-    "delta": 0.1,
-    "scale": 10.0,
-    "projector": True,
-    "lr": 0.1,  # 0.2 * 128 / 256
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "batch_size": 128,
-    "width": 64,
-    "image_size": 32,
-    "limit": None,
-}
+# Fang et al. 2025; the learning rate, 0.2 * 128 / 256, is constant in their code
+PAPER = """--dataset cifar10 --alpha 0.1 --participation 1 --rounds 100 --local-epochs 5
+    --method ssd --beta 1 --gamma 1 --delta 0.1 --scale 10 --projector --lr 0.1 --momentum 0.9
+    --weight-decay 0.0001 --batch-size 128 --width 64 --image-size 32 --seed 0"""
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_bare_command_is_the_papers_run(name):
-    assert config_of()[name] == PAPER[name]
+def test_the_bare_command_is_the_papers_run():
+    config = config_of()
+    assert config == config_of(PAPER)
+    for name in "limit", "split_file", "clients", "amp", "compile":  # all images; the rest: below
+        assert config[name] is None
 
 
 def test_ten_clients_are_the_default(small):
@@ -122,25 +101,16 @@ def test_a_step_is_two_views_the_network_and_the_objective():
     distill = (log_p.exp() * (log_p - log_q)).sum(2).mean()
     expected = align + 0.5 * kernel.mean() + 2 * dsr + 3 * distill
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
-    assert terms["align"].item() == pytest.approx(align.item(), abs=1e-5)
-    assert terms["uniform"].item() == pytest.approx(kernel.mean().item(), abs=1e-5)
-    assert terms["dsr"].item() == pytest.approx(dsr.item(), abs=1e-5)
-    assert terms["distill"].item() == pytest.approx(distill.item(), abs=1e-5)
+    by_hand = {"align": align, "uniform": kernel.mean(), "dsr": dsr, "distill": distill}
+    for name, term in by_hand.items():
+        assert terms[name].item() == pytest.approx(term.item(), abs=1e-5)
 
 
-def test_the_flags_reach_the_rounds(small, monkeypatch):
+def test_the_flags_reach_the_rounds():
     flags = "--participation 0.4 --seed 3 --local-epochs 2 --batch-size 8 --rounds 7"
     options = train.round_options(config_of(flags))
     options.pop("on_client_start")
     assert options == {"participation": 0.4, "seed": 3, "local_epochs": 2, "batch_size": 8}
-    train.main([*small, "--rounds", "2", "--participation", "0.4", "--out", "runs/a"])
-    assert [len(line["clients"]) for line in lines()] == [1, 1]
-
-
-def test_matrix_products_are_tuned_for_fixed_shapes(small):
-    torch.backends.cudnn.benchmark = False
-    train.main([*small, "--rounds", "0"])
-    assert torch.backends.cudnn.benchmark
 
 
 def test_labels_reach_no_part_of_training(small, patterns, monkeypatch):
@@ -185,25 +155,24 @@ def test_a_run_leaves_its_folder_and_says_what_is_next(small, capsys):
     SSDNet(2).load_state_dict(content["model"])
 
 
-def test_a_second_run_of_the_same_name_gets_its_own_folder(small):
+def test_runs_without_rounds_are_untrained_and_have_their_own_folders(small, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     train.main([*small, "--rounds", "0"])
     train.main([*small, "--rounds", "0"])
+    train.main([*small, "--rounds", "0", "--seed", "1"])
     names = sorted(path.name for path in Path("runs").iterdir())
-    assert names == ["patterns-ssd-k3-seed0", "patterns-ssd-k3-seed0-2"]
-
-
-def test_no_rounds_leave_the_untrained_network(small):
-    train.main([*small, "--rounds", "0", "--out", "runs/a"])
+    assert names == ["patterns-ssd-k3-seed0", "patterns-ssd-k3-seed0-2", "patterns-ssd-k3-seed1"]
     torch.manual_seed(0)
-    untrained = SSDNet(2).state_dict()
-    assert same(weights(), untrained) and lines() == []
+    assert same(weights(f"runs/{names[1]}/last.pt"), SSDNet(2).state_dict())
+    assert lines(f"runs/{names[1]}") == []
+    assert torch.backends.cudnn.benchmark  # the shapes of training are fixed
 
 
-def test_the_same_flags_give_the_same_weights_and_another_seed_others(small):
-    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+def test_the_same_flags_give_the_same_weights_and_another_seed_others(run, small):
+    for name, seed in (("b", "0"), ("c", "1")):
         train.main([*small, "--seed", seed, "--out", f"runs/{name}"])
-    assert same(weights("runs/a/last.pt"), weights("runs/b/last.pt"))
-    assert not same(weights("runs/a/last.pt"), weights("runs/c/last.pt"))
+    assert same(weights(run), weights("runs/b/last.pt"))
+    assert not same(weights(run), weights("runs/c/last.pt"))
 
 
 def test_limit_is_a_fixed_subset_and_its_split_file_reads_back(small):
@@ -219,21 +188,6 @@ def test_limit_is_a_fixed_subset_and_its_split_file_reads_back(small):
     train.main([*small, "--limit", "60", "--seed", "1", "--rounds", "0", "--out", "runs/c"])
     other = json.loads(Path("runs/c/split.json").read_text())
     assert sorted(sum(other.values(), [])) == chosen and other != split
-
-
-def test_a_client_that_diverges_stays_out_of_the_weights(small, monkeypatch):
-    real = train.ssd_step
-    d_1 = scaling_vectors(3, 16)[1]
-
-    def client_1_diverges(model, images, drawn, d_k, *rest):
-        value, terms = real(model, images, drawn, d_k, *rest)
-        return value * float("nan") if torch.equal(d_k, d_1) else value, terms
-
-    monkeypatch.setattr(train, "ssd_step", client_1_diverges)
-    with pytest.warns(UserWarning, match="leaves out client 1"):
-        train.main([*small, "--out", "runs/a"])
-    assert lines()[0]["left_out"] == [1] and lines()[0]["clients"] == [0, 1, 2]
-    assert all(value.isfinite().all() for value in weights().values())
 
 
 def test_a_run_that_diverges_stops_with_status_1_and_keeps_its_last_round(run, monkeypatch, capsys):
@@ -281,40 +235,29 @@ def test_flags_that_may_change_are_in_the_metrics_of_their_round(run, small):
     assert json.loads(Path("runs/a/config.json").read_text())["lr"] == 0.3
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("--clients", "4"),
-        ("--method", "dsr"),
-        ("--width", "4"),
-        ("--seed", "1"),
-        ("--limit", "60"),
-        ("--alpha", "0.5"),
-        ("--gamma", "0.5"),
-        ("--scale", "5"),
-        ("--out", "runs/b"),
-        ("--image-size", "48"),
-    ],
-)
-def test_a_resumed_run_stays_the_same_run(flag, value, run, mistake):
-    before = Path(run).read_bytes()
-    mistake(train.main, ["--resume", run, "--rounds", "2", flag, value], f"{flag} {value}")
-    assert Path(run).read_bytes() == before and not Path("runs/b").exists()
+STAYS = "--clients 4,--method dsr,--width 4,--seed 1,--limit 60,--alpha 0.5,--gamma 0.5"
+STAYS += ",--scale 5,--out runs/b,--image-size 48"
 
 
-def make_folder(root, generator, size=(40, 36)):
+@pytest.mark.parametrize("flag", STAYS.split(","))
+def test_a_resumed_run_stays_the_same_run(flag, run, mistake):
+    before = files()
+    mistake(train.main, ["--resume", run, "--rounds", "2", *flag.split()], flag)
+    assert files() == before
+
+
+def make_folder(root):
     """An image folder of two classes with twelve training and four test images each."""
     for part, count in (("train", 12), ("test", 4)):
         for name in ("cats", "dogs"):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                image = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator)
-                path = root / part / name / f"{i:02d}.png"
-                data.torchvision.io.write_png(image, str(path))
+                image = np.random.default_rng(i).integers(256, size=(40, 36, 3), dtype=np.uint8)
+                Image.fromarray(image).save(root / part / name / f"{i:02d}.png")
 
 
 def test_a_folders_images_are_known_by_their_names_wherever_they_lie(small, tmp_path, mistake):
-    make_folder(tmp_path / "pictures", torch.Generator().manual_seed(0))
+    make_folder(tmp_path / "pictures")
     flags = "--dataset pictures --clients 2 --batch-size 4 --image-size 24 --out runs/a"
     train.main([*small, "--alpha", "1000", *flags.split()])
     assert load_checkpoint("runs/a/last.pt")[0]["config"]["image_size"] == 24
@@ -331,27 +274,21 @@ def test_a_folders_images_are_known_by_their_names_wherever_they_lie(small, tmp_
 
 def own_objective(h1, u1, h2, u2, d_k, **weights):
     total, terms = ssd_loss(h1, u1, h2, u2, d_k, **weights)
-    return total + h1.square().mean(), {**terms, "own": h1.square().mean().detach()}
+    own = h1.square().mean()
+    names = {"own": own.detach(), "knn": torch.tensor(-7.0), "round": torch.tensor(-7.0)}
+    return total + own, {**terms, **names}
 
 
 def test_a_run_with_an_own_loss_bears_the_scripts_name(small, monkeypatch, mistake):
     monkeypatch.setattr(sys, "argv", ["somewhere/mine.py"])
     train.main(small, objective=own_objective)
-    last = "runs/patterns-mine-k3-seed0/last.pt"
-    assert "own" in lines("runs/patterns-mine-k3-seed0")[0]
+    last, (line,) = "runs/patterns-mine-k3-seed0/last.pt", lines("runs/patterns-mine-k3-seed0")
+    total = line["align"] + line["uniform"] + line["dsr"] + 0.1 * line["distill"] + line["own"]
+    assert line["loss"] == pytest.approx(total, abs=1e-5)
+    assert line["round"] == 1 and line["knn"] >= 0  # a term does not take the place of a score
     train.main(["--resume", last, "--rounds", "2"], objective=own_objective)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     mistake(train.main, ["--resume", last, "--rounds", "3"], "another script's run, of method mine")
-
-
-def test_a_term_does_not_take_the_place_of_a_score(small, monkeypatch):
-    def objective(*outputs, **weights):
-        total, terms = ssd_loss(*outputs, **weights)
-        return total, {**terms, "knn": torch.tensor(-7.0), "round": torch.tensor(-7.0)}
-
-    monkeypatch.setattr(sys, "argv", ["mine.py"])
-    train.main([*small, "--out", "runs/a"], objective=objective)
-    assert lines()[0]["round"] == 1 and lines()[0]["knn"] >= 0
 
 
 def test_a_script_with_the_name_of_a_row_is_refused(small, monkeypatch, mistake):
@@ -371,123 +308,82 @@ def test_a_bug_of_an_own_loss_is_pythons_traceback(small, monkeypatch):
 # ------------------------------------------------------------------ --compile
 
 
-def fake_cuda():
-    """A device that says it is a GPU, on which nothing is computed."""
-    return types.SimpleNamespace(type="cuda")
+CPU, CUDA = torch.device("cpu"), types.SimpleNamespace(type="cuda")  # nothing is computed there
 
 
-class StaysHere(torch.Tensor):
-    """A tensor that does not go to the device it is sent to."""
-
-    def to(self, device):
-        return self.as_subclass(torch.Tensor)
-
-
-def a_step(config, device, monkeypatch):
+def a_step(compile, device, monkeypatch):
     """One full batch through `make_loss`, on the CPU whatever the device is."""
-    d = scaling_vectors(3, 16).as_subclass(StaysHere)
-    monkeypatch.setattr(train, "scaling_vectors", lambda *_: d)
-    loss = train.make_loss({**config, "batch_size": 4, "amp": False}, 3, device)
+    d = scaling_vectors(3, 16)
+    stays_here = types.SimpleNamespace(to=lambda device: d)
+    monkeypatch.setattr(train, "scaling_vectors", lambda *_: stays_here)
+    config = {**config_of("--width 2 --batch-size 4 --no-amp"), "compile": compile}
+    torch.manual_seed(0)
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-    return loss(SSDNet(2), images, 0, keyed_generator(0), None)
+    return train.make_loss(config, 3, device)(SSDNet(2), images, 0, keyed_generator(0), None)
 
 
-@pytest.mark.parametrize("when", ["at once", "at the first step"])
-def test_on_cuda_a_step_that_does_not_compile_runs_as_it_is(when, monkeypatch, capsys):
+def test_a_step_that_does_not_compile_runs_as_it_is_unless_it_must(monkeypatch, capsys):
     def fails(*_, **__):
         raise RuntimeError("no C compiler\nmore lines")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
-    config = config_of("--width 2")
     with pytest.warns(UserWarning, match="not compiled.*no C compiler$"):
-        value, _ = a_step(config, fake_cuda(), monkeypatch)
-    assert value.isfinite()
+        value, _ = a_step(None, CUDA, monkeypatch)
+    assert value.item() == a_step(False, CPU, monkeypatch)[0].item()
     assert capsys.readouterr().out.count("about a minute") == 1
     with pytest.raises(RuntimeError, match="no C compiler"):
-        a_step({**config, "compile": True}, fake_cuda(), monkeypatch)
+        a_step(True, CUDA, monkeypatch)
 
 
 def test_a_step_is_compiled_by_itself_on_cuda_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda step, **_: calls.append(step) or step)
-    config = config_of("--width 2")
-    for device, flag, count in (
-        (torch.device("cpu"), None, 0),
-        (fake_cuda(), None, 1),
-        (fake_cuda(), False, 0),
-        (torch.device("cpu"), True, 1),
-    ):
+    for device, flag, count in ((CPU, None, 0), (CUDA, None, 1), (CUDA, False, 0), (CPU, True, 1)):
         calls.clear()
-        a_step({**config, "compile": flag}, device, monkeypatch)
+        a_step(flag, device, monkeypatch)
         assert len(calls) == count
 
 
 # ------------------------------------------------------------------ mistakes
 
-PARTITION = [list(range(60)), list(range(60, 120))]
-FILES = {
-    "not.json": "{",
-    "number.json": "3",
-    "words.json": '[["a"]]',
-    "twice.json": json.dumps([[5, 5], *PARTITION]),
-    "outside.json": json.dumps([*PARTITION, [120, 121]]),
-    "short.json": json.dumps([PARTITION[0], PARTITION[1][:-1]]),
-    "lonely.json": json.dumps([[0], list(range(1, 120))]),
-    "good.json": json.dumps(PARTITION),
-    "garbage/last.pt": "garbage",
-    "full/file": "x",
-}
+OUT_OF_RANGE = "--clients 0,--clients 2.5,--alpha 0,--alpha nan,--alpha inf,--participation 0"
+OUT_OF_RANGE += ",--participation 1.01,--rounds -1,--local-epochs 0,--limit 0,--image-size 0"
+OUT_OF_RANGE += ",--method fedavg,--beta -1,--gamma x,--delta -0.1,--scale 0,--lr 0,--momentum 1.01"
+OUT_OF_RANGE += ",--momentum -0.1,--weight-decay -1,--batch-size 1,--width 0,--seed -1"
+AT_ITS_END = "--clients 1,--alpha 1e-12,--participation 1,--rounds 0,--local-epochs 1,--limit 1"
+AT_ITS_END += ",--image-size 1,--beta 0,--gamma 0,--delta 0,--momentum 0,--momentum 1"
+AT_ITS_END += ",--weight-decay 0,--batch-size 2,--width 1,--seed 0,--seed 9223372036854775807"
+
+
+@pytest.mark.parametrize("flag", OUT_OF_RANGE.split(","))
+def test_a_value_out_of_its_range_is_one_line(flag, mistake):
+    mistake(train.main, flag.split(), flag.replace(" ", ":.*"))
+
+
+def test_a_value_at_the_end_of_its_range_is_taken():
+    for flag in AT_ITS_END.split(","):
+        config_of(flag)
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--clients 0", "--clients.*0 is not at least 1"),
-        ("--clients 2.5", "--clients.*int.*'2.5'"),
         ("--clients 1000", "1000 clients.*lower K"),
         ("--clients 13", "13 clients"),
-        ("--alpha 0", "--alpha.*0 is not at least 1e-12"),
-        ("--alpha nan", "--alpha"),
-        ("--alpha inf", "--alpha"),
         ("--alpha 0.001 --clients 11", "alpha 0.001.*raise alpha"),
-        ("--participation 0", "--participation"),
-        ("--participation 1.01", "--participation.*at most 1"),
-        ("--rounds -1", "--rounds"),
-        ("--local-epochs 0", "--local-epochs"),
-        ("--limit 0", "--limit"),
         ("--limit 121", "--limit 121.*120"),
         ("--limit 20", "3 clients"),
         ("--image-size 48", "image size 48: patterns is 32x32"),
-        ("--method fedavg", "--method.*fedavg"),
-        ("--beta -1", "--beta"),
-        ("--gamma x", "--gamma.*'x'"),
-        ("--delta -0.1", "--delta"),
-        ("--scale 0", "--scale"),
         ("--method hsd --scale 1", "hsd.*--scale"),
-        ("--lr 0", "--lr"),
-        ("--momentum 1.5", "--momentum"),
-        ("--weight-decay -1", "--weight-decay"),
-        ("--batch-size 1", "--batch-size.*1 is not at least 2"),
-        ("--width 0", "--width"),
-        ("--seed -1", "--seed"),
         ("--device tpu", "'tpu'.*--device cpu"),
-        ("--device meta", "'meta'.*--device cpu"),
-        ("--device cuda:99", "'cuda:99'.*--device cpu"),
         ("--dataset cifar11", "cifar11.*cifar10"),
         ("--dataset full", "full.*train/<class>"),
         ("--no-such-flag", "--no-such-flag"),
         ("--split-file missing.json", "missing.json"),
         ("--split-file not.json", "not.json must be JSON"),
-        ("--split-file number.json", "must be JSON"),
-        ("--split-file words.json", "must be JSON"),
-        ("--split-file twice.json --clients 3", "once: see image 5"),
-        ("--split-file outside.json", "image 120"),
-        ("--split-file short.json --clients 2", "once: see image 119"),
-        ("--split-file lonely.json --clients 2", "at least 2"),
         ("--split-file good.json", "--clients 3: split file good.json has 2"),
         ("--resume missing/last.pt", "missing/last.pt is not a checkpoint.*No such file"),
-        ("--resume garbage/last.pt", "garbage/last.pt is not a checkpoint"),
-        ("--resume garbage/round2.pt", "round2.pt: call it last.pt"),
+        ("--resume full/round2.pt", "round2.pt: call it last.pt"),
         ("--out full", "full is not empty"),
         ("--out not.json", "not.json"),
         ("--out not.json/run", "not.json"),
@@ -496,55 +392,31 @@ FILES = {
 )
 def test_a_mistake_is_one_line_and_writes_nothing(flags, words, small, tmp_path, mistake):
     (tmp_path / "full").mkdir()
-    (tmp_path / "garbage").mkdir()
-    for name, content in FILES.items():
-        (tmp_path / name).write_text(content)
-    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "full/file").touch()
+    (tmp_path / "not.json").write_text("{")
+    (tmp_path / "good.json").write_text(json.dumps([list(range(60)), list(range(60, 120))]))
+    before = files()
     mistake(train.main, [*small, *flags.split()], words)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-class Code:
-    """A pickle of it creates a file when it is read without care."""
-
-    def __reduce__(self):
-        return open, ("was_run", "w")
-
-
-def spoil_model(checkpoint):
-    checkpoint["model"] = Code()
-
-
-def widen_a_layer(checkpoint):
-    checkpoint["model"]["encoder.bn1.weight"] = torch.ones(3)
-
-
-def drop_a_layer(checkpoint):
-    del checkpoint["model"]["encoder.layer1.0.conv1.weight"]
+    assert files() == before
 
 
 @pytest.mark.parametrize(
-    "spoil, words",
+    "changes, words",
     [
-        (lambda checkpoint: checkpoint["config"].update(width=None), "not a checkpoint"),
-        (lambda checkpoint: checkpoint["config"].update(method="../x"), "method ../x"),
-        (lambda checkpoint: checkpoint["config"].update(dataset="../x"), "'../x'"),
-        (lambda checkpoint: checkpoint["config"].update(no_such_flag=1), "another script's run"),
-        (lambda checkpoint: checkpoint["config"].update(clients=2), "--clients 2.*has 3"),
-        (lambda checkpoint: checkpoint.update(split=[torch.arange(60)]), "has 1"),
-        (lambda checkpoint: checkpoint.pop("config"), "not a checkpoint"),
-        (spoil_model, "not a checkpoint"),
-        (widen_a_layer, "another network.*encoder.bn1.weight"),
-        (drop_a_layer, "another network.*encoder.layer1.0.conv1.weight"),
+        ({"method": "../x"}, "method ../x"),
+        ({"dataset": "../x"}, "'../x'"),
+        ({"no_such_flag": 1}, "another script's run"),
+        ({"clients": 2}, "--clients 2.*has 3"),
+        ({"limit": 100}, "last.pt must hold every training image once"),
     ],
 )
-def test_a_strangers_checkpoint_is_checked_before_it_is_used(spoil, words, run, tmp_path, mistake):
+def test_a_strangers_checkpoint_is_checked_before_it_is_used(changes, words, run, mistake):
     checkpoint = torch.load(run, weights_only=True)
-    spoil(checkpoint)
+    checkpoint["config"].update(changes)
     torch.save(checkpoint, run)
-    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    before = files()
     mistake(train.main, ["--resume", run], words)
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    assert files() == before
 
 
 def test_the_papers_command_without_data_says_what_to_do(tmp_path):
