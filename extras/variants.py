@@ -106,8 +106,8 @@ def distill_into_h(h, u):
 def reset_like_pytorch(model, seed):
     """First weights as the authors' code has them: PyTorch's defaults for every layer, in place.
 
-    torchvision's ResNet draws its convolutions wider (kaiming_normal_, fan out): the standard
-    deviation of a 3x3 convolution of 64 channels is 0.059, PyTorch's 0.024.
+    torchvision's ResNet draws most convolutions wider (kaiming_normal_, fan out): the standard
+    deviation of a 3x3 convolution of 64 channels is 0.059, PyTorch's 0.024. Not so the first one.
     """
     torch.manual_seed(seed)
     for module in model.modules():

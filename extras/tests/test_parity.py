@@ -27,4 +27,4 @@ def test_another_folder_is_one_line(tmp_path):
     command = [sys.executable, parity.__file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "is no clone" in done.stderr
+    assert "needs a clone" in done.stderr
