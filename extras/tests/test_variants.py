@@ -156,6 +156,7 @@ def test_the_flags_reach_the_run():
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_compiles_as_one_graph(name, monkeypatch):
+    torch._dynamo.reset()  # ssd_step is compiled anew a few times only
     real, images = torch.compile, draw_patterns(40, 10).train_x
     monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="eager", fullgraph=True))
     values = []
