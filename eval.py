@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import crop, draw_params, load_dataset, two_views, unit_range
+from data import NAMES, crop, draw_params, load_dataset, two_views, unit_range
 from model import SSDNet, load_checkpoint, pick_device
 
 
@@ -298,8 +298,10 @@ def load_images(args, checkpoint):
     It is its own by its fingerprint, whatever its path.
     """
     config, split = checkpoint["config"], checkpoint["split"]
-    dataset = args.dataset or config["dataset"]
-    data = load_dataset(dataset, args.data_dir or config["data_dir"], config["image_size"])
+    dataset, image_size = args.dataset or config["dataset"], config["image_size"]
+    if dataset in NAMES:
+        image_size = 32  # the encoder takes any size
+    data = load_dataset(dataset, args.data_dir or config["data_dir"], image_size)
     if data.fingerprint() != config["images"]:
         if not args.dataset:
             raise ValueError(f"{dataset} has other images than those the run began with")

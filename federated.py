@@ -60,7 +60,7 @@ def check_ids(clients, num_clients):
 def train_client(
     model, optimizer, samples, index, loss, k, generator, epochs, batch_size, global_state=None
 ):
-    """Step 3, client k's training on samples[index], in place -> the mean of every loss term.
+    """Step 3, client k's training on samples[index], in place -> means of the loss terms.
 
     The whole model is put into training mode. An epoch's last batch is dropped if it is not full:
     the loss depends on the size. A client with fewer than batch_size samples takes one step an
@@ -72,7 +72,7 @@ def train_client(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs}, {batch_size}")
     num_batches = max(1, len(index) // batch_size)
-    sums = {"loss": 0.0}
+    sums, counts = {"loss": 0.0}, {}  # "loss" first, as it is printed
     model.train()
     gpus = []
     if samples.is_cuda:
@@ -93,9 +93,10 @@ def train_client(
                 terms = {**terms, "loss": value.detach()}
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0.0) + term  # on the device: nobody waits for it
+                    counts[name] = counts.get(name, 0) + 1
     means = {}
     for name, total in sums.items():
-        means[name] = float(total) / (epochs * num_batches)
+        means[name] = float(total) / counts[name]
     return means
 
 
@@ -203,19 +204,11 @@ def federated_round(
             on_client_start(model, k)
 
         # 3. Train locally, on the client's own samples alone.
-        rng = keyed_generator(seed, "client", r, k)
+        draws = keyed_generator(seed, "client", r, k)
         terms = train_client(
-            model,
-            optimizer,
-            samples,
-            split[k],
-            loss,
-            k,
-            rng,
-            local_epochs,
-            batch_size,
-            global_state,
-        )
+            model, optimizer, samples, split[k], loss, k, draws,
+            local_epochs, batch_size, global_state,
+        )  # fmt: skip
 
         # 4. Return the weights and the number of samples, unless the client has diverged.
         state = copy_state(model)

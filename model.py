@@ -142,7 +142,8 @@ def load_checkpoint(path):
         config, state = checkpoint["config"], checkpoint["model"]
         with torch.device("meta"):  # draws no random weights
             net = SSDNet(config["width"], config["embed_dim"], config["projector"])
-        state = {name: state[name] for name in state if hasattr(net, name.split(".")[0])}
+        parts = {"encoder", "projector", *dict(net.named_children())}
+        state = {name: state[name] for name in state if name.split(".")[0] in parts}
     except Exception as error:  # whatever a strange file does
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise ValueError(f"{path} is not a checkpoint of train.py ({reason})") from error

@@ -131,6 +131,9 @@ def read_config(parser, argv=None, methods=METHODS):
         if config[name] != saved[name] and name not in MAY_CHANGE:
             flag = f"--{name.replace('_', '-')} {config[name]}"
             raise ValueError(f"{flag}: the run has {saved[name]}, leave it out or start a new run")
+    done = len(checkpoint["history"])
+    if config["rounds"] < done:
+        raise ValueError(f"--rounds {config['rounds']}: the run has {done} already")
     for name, value in methods[config["method"]].items():
         if config[name] is None:
             config[name] = value

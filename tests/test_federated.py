@@ -197,6 +197,21 @@ def test_terms_are_means_over_all_steps():
     assert terms == {"loss": pytest.approx(mean), "twice": pytest.approx(2 * mean)}
 
 
+def test_a_term_of_some_steps_is_their_mean():
+    steps = []
+
+    def loss(model, batch, *_):
+        steps.append(len(steps))
+        terms = {}
+        if len(steps) > 5:
+            terms["late"] = torch.tensor(float(len(steps)))
+        return model(batch).square().mean(), terms
+
+    net = small_net()
+    terms = train_client(net, sgd(net), IMAGES, range(60), loss, 0, keyed_generator(0), 1, 8)
+    assert terms["late"] == 6.5  # steps 6 and 7
+
+
 def test_reports_are_averaged_by_samples():
     report = run(small_net(), rounds=1)[0]
     assert report["clients"] == [0, 1, 2]

@@ -132,6 +132,19 @@ def test_a_part_that_is_not_of_the_network_is_left_aside(tmp_path):
         load_weights(net, more.state_dict(), "last.pt")
 
 
+def test_a_network_that_lost_its_projector_is_another(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", CONFIG, [], SSDNet(2, 3), [])
+    whole = SSDNet.__init__
+
+    def without(self, *arguments):
+        whole(self, *arguments)
+        del self.projector
+
+    monkeypatch.setattr(SSDNet, "__init__", without)
+    with pytest.raises(ValueError, match="another network than model.py's: see projector.0.weight"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
 class Code:
     """A pickle of it creates a file when it is read without care."""
 

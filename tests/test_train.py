@@ -15,6 +15,7 @@ from conftest import files, lines, same, weights
 from PIL import Image
 
 import data
+import eval as evaluation
 import train
 from federated import keyed_generator
 from losses import scaling_vectors, ssd_loss
@@ -246,6 +247,10 @@ def test_a_resumed_run_stays_the_same_run(flag, run, mistake):
     assert files() == before
 
 
+def test_a_run_is_not_shortened(run, mistake):
+    mistake(train.main, ["--resume", run, "--rounds", "0"], "--rounds 0: the run has 1 already")
+
+
 def make_folder(root):
     """An image folder of two classes with twelve training and four test images each."""
     for part, count in (("train", 12), ("test", 4)):
@@ -261,6 +266,7 @@ def test_a_folders_images_are_known_by_their_names_wherever_they_lie(small, tmp_
     flags = "--dataset pictures --clients 2 --batch-size 4 --image-size 24 --out runs/a"
     train.main([*small, "--alpha", "1000", *flags.split()])
     assert load_checkpoint("runs/a/last.pt")[0]["config"]["image_size"] == 24
+    evaluation.main(["runs/a/last.pt", "--dataset", "patterns", "--epochs", "1", "--finetune"])
     Path("pictures").rename("moved")
     again = ["--resume", "runs/a/last.pt", "--rounds", "2"]
     mistake(train.main, again, "'pictures' is neither a folder")
