@@ -90,7 +90,8 @@ def fine_tune(
 
     model: SSDNet, of which the encoder is taken, or an encoder; it is not changed. Images uint8
     (N, 3, H, W), labels int64 (N,). The paper's: SGD with momentum 0.9, lr 1e-3 for the encoder and
-    0.3 for the head, RandomResizedCrop with scale (0.64, 1) and flip. `seed` shuffles and crops.
+    0.3 for the head, RandomResizedCrop with scale (0.64, 1) and flip. The crop's ratio is 3/4 to
+    4/3, as torchvision's; differs from the authors' code: 1. `seed` shuffles and crops.
     """
     device = next(model.parameters()).device
     if isinstance(model, SSDNet):
