@@ -1,7 +1,7 @@
 """Images in memory, a non-IID split over clients, and two random views of every image.
 
-Labels split and evaluate; training never sees them. Views: of whole batches, on their own device.
-Needs torch, torchvision, numpy; copies into another project as it is. There:
+Labels serve to split and to evaluate, never to train. Views are made of whole batches, on the
+images' device. It needs torch, torchvision and numpy, and works alone in another project:
 
     >>> images = torch.randint(256, (100, 3, 32, 32), dtype=torch.uint8)   # yours
     >>> x1, x2 = two_views(images[:8], torch.Generator().manual_seed(0))

@@ -1,7 +1,7 @@
 """How good is a representation? Measures on frozen features, and a script that takes a checkpoint.
 
-A protocol is fixed beforehand and its last epoch reported: nothing is chosen by its test score.
-This file needs data.py and model.py beside it. Its measures of features, copied out, torch alone:
+A protocol is fixed beforehand and its last epoch is reported: nothing is chosen by a test score.
+This file needs data.py and model.py beside it. Its measures of features need torch alone:
 
     >>> y = torch.arange(10).repeat(20)     # your labels
     >>> h = torch.eye(10)[y]                # your features

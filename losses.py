@@ -8,8 +8,8 @@
                                                    leans to its own dimensions
     L_distill = E KL( softmax(h) || softmax(u) )   h learns what DSR did to u
 
-h representation, u projector output, z = u / ||u||, d_k client k's scale vector, the server's.
-Needs torch; copies into another project as it is, where a step is:
+h is the representation, u the projector's output, z = u / ||u||. The server draws d_k, client k's
+scale vector. This file needs torch alone and works alone in another project. A step there:
 
     >>> d = scaling_vectors(num_clients=10, dim=512)
     >>> h1, u1, h2, u2 = torch.randn(4, 32, 512)     # your network's, of two views of 32 images
@@ -119,7 +119,7 @@ def hard_separation(u, d_k):
 
 
 def at_least_float32(v):
-    """float64 stays as it is, all else becomes float32."""
+    """v itself if it is float64, else in float32."""
     if v.dtype == torch.float64:
         return v
     return v.float()

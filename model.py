@@ -5,8 +5,8 @@
 h, the representation, is what is kept after training; the losses act on z = u / ||u|| and, for
 projector distillation, on h and u. At width 64 (the paper): h and u have 512 dimensions, the
 projector is 512-2048-512; 11.17 M + 2.10 M parameters.
-Needs torch, torchvision; copies into another project as it is: h, u = SSDNet()(x). For a network of
-your own edit SSDNet. It needs an `encoder`, and h and u of 8 width dimensions each.
+It needs torch and torchvision, and works alone in another project: h, u = SSDNet()(x). For another
+network edit SSDNet. It has an `encoder` and returns h and u of 8 width dimensions each.
 
     python model.py         # shapes and parameter counts (a second, CPU)
 """
