@@ -91,6 +91,7 @@ def test_scaling_vectors_are_disjoint():
     assert torch.equal(d, scaling_vectors(3, 10, 7.0))
     assert not torch.equal(d, scaling_vectors(3, 10, 7.0, seed=1))
     assert scaling_vectors(1, 4).eq(10).all()  # a single client owns all
+    assert scaling_vectors(1, 1, scale=0.5).tolist() == [[0.5]]
 
 
 def test_more_clients_than_dimensions_share_with_a_warning():
