@@ -331,11 +331,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     dataset = args.dataset or config["dataset"]
-    print(
-        f"{args.checkpoint}: {config['method']}, {rounds} rounds on {config['dataset']}, ", end=""
-    )
-    print(f"seed {config['seed']}\nevaluated on {dataset}: {len(data.train_y):,} training ", end="")
-    print(f"and {len(data.test_y):,} test images\n", flush=True)
+    print(f"{args.checkpoint}: {config['method']}, {rounds} rounds on ", end="")
+    print(f"{config['dataset']}, seed {config['seed']}\nevaluated on {dataset}: ", end="")
+    print(f"{len(data.train_y):,} training and {len(data.test_y):,} test images\n", flush=True)
     scores = evaluate(
         model.to(device),
         data,

@@ -5,7 +5,7 @@
 One model and one optimiser play all clients in turn. A client sends its weights, its number of
 samples and, to be shown, the means of its loss terms; nothing else reaches the server. The parts
 come first, in the order of the steps, then `federated_round`, which puts them together.
-Needs torch; copies into another project as it is. There, with labels:
+It needs torch alone and works alone in another project. There, with labels:
 
     >>> x, y, net = torch.randn(40, 3), torch.arange(40) % 2, torch.nn.Linear(3, 2)
     >>> def loss(model, i, *_): return torch.nn.functional.cross_entropy(model(x[i]), y[i]), {}
@@ -72,7 +72,7 @@ def train_client(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs}, {batch_size}")
     num_batches = max(1, len(index) // batch_size)
-    sums, counts = {"loss": 0.0}, {}  # "loss" first, as it is printed
+    sums, counts = {"loss": 0.0}, {}  # "loss" is printed first
     model.train()
     gpus = []
     if samples.is_cuda:
@@ -103,7 +103,7 @@ def train_client(
 def find_divergence(state, terms, global_state):
     """Step 4: the name of a term or an entry of the state that is not finite any more, or None.
 
-    An entry that is not finite in the global state either, as a mask of -inf, is meant so.
+    An entry that is not finite in the global state either, say a mask of -inf, is allowed.
     """
     for name, value in terms.items():
         if not math.isfinite(value):
@@ -182,8 +182,8 @@ def federated_round(
     choose            (num_clients, participation, generator, r) -> ids of this round's clients
     average           (states, weights, global_state, r, clients) -> state dict; the weights are
                       numbers of samples; all lists are empty if no client is left
-    on_client_start   (model, k), called when the model holds the global weights, which it may
-                      change for client k: so FedBN brings back the client's own BatchNorm
+    on_client_start   (model, k), called before client k trains; it may overwrite some of the global
+                      weights in the model: FedBN brings back the client's own BatchNorm
 
     The report: {"clients": ids, "left_out": ids, "terms": {name: mean over the clients}}. A client
     that has diverged is left out of all means, and a warning says what is not finite. The states
@@ -231,7 +231,7 @@ def federated_round(
 
 
 if __name__ == "__main__":
-    # A client's loss (w - x)^2 / 2 wants w = x, its number; lr 0.5 halves the distance a round.
+    # A sample is a number x, its loss (w - x)^2 / 2. A step of lr 0.5 goes halfway to the mean x.
     numbers = torch.tensor([1.0] * 6 + [4.0] * 3 + [12.0])
     owners = [range(6), range(6, 9), range(9, 10)]
     net = torch.nn.ParameterList([torch.zeros(())])

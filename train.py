@@ -5,9 +5,10 @@ r"""Train SSD, or one of its ablations, on K simulated clients: from data to che
         --local-epochs 2 --batch-size 32 --lr 0.05       # no download, three to six minutes
     python train.py --resume runs/NAME/last.pt           # goes on; --rounds, --lr ... may change
 
-The functions come in the order in which `main`, at the end, calls them. A run writes runs/NAME/:
-config.json (flags of the last start, versions), split.json (client -> indices of training images)
-and, after every round, last.pt and metrics.jsonl (a line a round). eval.py evaluates last.pt.
+The functions come in the order in which `main`, at the end, calls them, helpers beside their
+callers. A run writes runs/NAME/: config.json (flags of the last start, versions), split.json
+(client -> indices of training images) and, after every round, last.pt and metrics.jsonl (a line a
+round). eval.py evaluates last.pt.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from federated import federated_round, keyed_generator
 from losses import scaling_vectors, ssd_loss
 from model import SSDNet, load_checkpoint, load_weights, pick_device, save_checkpoint
 
-# Rows of the paper's ablation: gamma of DSR, delta of distillation; hsd has hard_separation for z.
+# Rows of the paper's ablation: gamma of DSR, delta of distillation. hsd cuts z to own dimensions.
 METHODS = {
     "ssd": {"gamma": 1.0, "delta": 0.1},
     "dsr": {"gamma": 1.0, "delta": 0.0},
@@ -37,8 +38,8 @@ METHODS = {
     "fedalignuniform": {"gamma": 0.0, "delta": 0.0},
     "hsd": {"gamma": 0.0, "delta": 0.0},
 }
-# A run is its flags. Beside --resume only these may have other values; a line of metrics.jsonl
-# tells those that its round had. The data set may lie elsewhere: `prepare` checks its images.
+# With --resume only these flags may change; a line of metrics.jsonl has the values of its round.
+# The data set may lie elsewhere: `prepare` checks that its images are the same.
 MAY_CHANGE = ("rounds", "lr", "local_epochs", "batch_size", "participation", "momentum")
 MAY_CHANGE += ("weight_decay", "amp", "compile", "device", "dataset", "data_dir")
 
@@ -57,7 +58,7 @@ def number(kind, low, high=sys.float_info.max):
 
 
 def own_methods(objective):
-    """METHODS; for an objective of your own instead one row with SSD's weights, your script's."""
+    """METHODS; for your own objective one row, named after your script, with SSD's weights."""
     script = Path(sys.argv[0])
     if objective is ssd_loss:
         return METHODS
@@ -75,7 +76,7 @@ def build_parser(methods=METHODS):
     positive, share = number(float, 1e-12), number(float, 1e-12, 1)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
         usage=argparse.SUPPRESS)  # so that an error is one line
-    parser.set_defaults(images=None, embed_dim=None)  # no flags: of `prepare`; of variants.py
+    parser.set_defaults(images=None, embed_dim=None)  # not flags: set in `prepare`, variants.py
     add = parser.add_argument_group("federated").add_argument
     add("--dataset", default="cifar10", help="cifar10, cifar100, patterns, or a folder with "
         "train/<class>/ and test/<class>/ (%(default)s)")
@@ -83,26 +84,26 @@ def build_parser(methods=METHODS):
     add("--image-size", type=count, default=32, help="pixels a side, of a folder (%(default)s)")
     add("--limit", type=count, help="train on a fixed random subset of N images (all)")
     add("--clients", type=count, help="K, number of clients (10, or the split file's)")
-    add("--alpha", type=positive, default=0.1, help="Dirichlet's; small = skewed (%(default)s)")
-    add("--split-file", help="use this split instead: JSON, client -> indices, as split.json")
+    add("--alpha", type=positive, default=0.1, help="of Dirichlet; small = skewed (%(default)s)")
+    add("--split-file", help="a split of your own: JSON, client -> indices, as split.json")
     add("--participation", type=share, default=1.0, help="share of clients a round (%(default)s)")
-    add("--rounds", type=number(int, 0), default=100, help="0: the untrained network (%(default)s)")
-    add("--local-epochs", type=count, default=5, help="in a round (%(default)s)")
+    add("--rounds", type=number(int, 0), default=100, help="0: untrained network (%(default)s)")
+    add("--local-epochs", type=count, default=5, help="of a client in a round (%(default)s)")
     add = parser.add_argument_group("align + beta uniform + gamma DSR + delta distill").add_argument
-    add("--method", choices=methods, default=[*methods][0], help="gamma, delta (%(default)s)")
+    add("--method", choices=methods, default=[*methods][0], help="its gamma, delta (%(default)s)")
     add("--beta", type=weight, default=1.0, help="weight of uniformity (%(default)s)")
     add("--gamma", type=weight, help="weight of DSR, instead of the method's (authors ran ~0.05)")
     add("--delta", type=weight, help="weight of distillation, instead of the method's")
     add("--scale", type=positive, default=10.0, help="a, factor on own dimensions (%(default)s)")
-    add("--projector", action=switch, default=True, help="without it u is h itself (with)")
+    add("--projector", action=switch, default=True, help="without it u is h (with)")
     add = parser.add_argument_group("optimiser: SGD, fresh on every client").add_argument
     add("--lr", type=positive, default=0.1, help="constant; paper: 0.2 x batch / 256 (%(default)s)")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD (%(default)s)")
     add("--weight-decay", type=weight, default=1e-4, help="on all parameters (%(default)s)")
     add("--batch-size", type=number(int, 2), default=128, help="images a step (%(default)s)")
     add = parser.add_argument_group("system").add_argument
-    add("--width", type=count, default=64, help="channels at first; 64: ResNet-18 (%(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of a run's draws (%(default)s)")
+    add("--width", type=count, default=64, help="first channels; 64: ResNet-18 (%(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all its draws (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     add("--amp", action=switch, help="bfloat16 (on GPUs that are fast at it)")
     add("--compile", action=switch, help="compile the step, about a minute (on a GPU, if it can)")
@@ -123,7 +124,7 @@ def read_config(parser, argv=None, methods=METHODS):
             raise ValueError(f"--resume {path}: call it last.pt, in a folder of its own")
         checkpoint, _ = load_checkpoint(path)
         saved = {**checkpoint["config"], "resume": path, "out": str(Path(path).parent)}
-        if saved["method"] not in methods or saved.keys() - config.keys():  # flags of its own
+        if saved["method"] not in methods or saved.keys() - config.keys():  # flags unknown here
             raise ValueError(f"{path} is another script's run, of method {saved['method']}")
         parser.set_defaults(**saved)  # parsed again: what is not said stays as it was
         config = vars(parser.parse_args(argv))
@@ -144,7 +145,7 @@ def prepare(config, checkpoint):
     """Config -> device, data (the training images there), split; config gets what was left open."""
     device = pick_device(config["device"])
     torch.backends.cudnn.benchmark = True  # the shapes of training are fixed
-    if config["amp"] is None:  # from Ampere on; a CPU computes in float32
+    if config["amp"] is None:  # at first: from Ampere on, not on a CPU; a resumed run keeps it
         config["amp"] = device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
     data = load_dataset(config["dataset"], config["data_dir"], config["image_size"])
     if config["images"] not in (None, data.fingerprint()):
@@ -194,7 +195,7 @@ def ssd_step(model, images, drawn, d_k, objective, weights, amp):
 
 
 def compile_step(must):
-    """`ssd_step` as one graph; should that fail, a warning and the step as it is, unless `must`."""
+    """`ssd_step` as one graph. Where that fails: a warning and the plain step, unless `must`."""
     step = torch.compile(ssd_step, mode="reduce-overhead", dynamic=False, fullgraph=True)
     print("the first step compiles, about a minute", flush=True)
 
@@ -202,7 +203,7 @@ def compile_step(must):
         nonlocal step
         try:
             return step(*arguments)
-        except Exception as error:  # no Triton, no C compiler; a loss's own bug comes once more
+        except Exception as error:  # no Triton, no C compiler; or a bug, which comes again below
             if must or step is ssd_step:
                 raise
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -229,7 +230,7 @@ def make_loss(config, num_clients, device, objective=ssd_loss):
         step = ssd_step  # of a client that has less than a full batch
         if len(images) == config["batch_size"]:
             step = fast_step
-        drawn = draw_views(images, generator)  # no part of a graph: its numbers must not repeat
+        drawn = draw_views(images, generator)  # outside the graph, which would repeat its numbers
         return step(model, images, drawn, d[k], objective, weights, config["amp"])
 
     return loss
