@@ -1,4 +1,4 @@
-"""The one table of the paper's claims, assets/claims.json -> verdicts, and Markdown for the pages.
+"""The tables of README and RESULTS, from assets/: verdicts on the paper's claims, and the studies'.
 
 A claim has a text, the paper's value and the sign it predicts, and for each form of SSD, as printed
 (gamma = 1) and as run (the authors' form), a row, what it is compared with, and the records of the
@@ -9,11 +9,12 @@ more uniform *and* better aligned) have one verdict: opposite if one of them is,
 """
 
 import json
+import re
 import statistics
 from pathlib import Path
 
 import numpy as np
-from tables import COLUMNS, T, cell, differences, read
+from tables import COLUMNS, PAIRED, T, cell, differences, group, read, table
 
 ASSETS = Path(__file__).parent.parent / "assets"
 REPEATS = ("regime", "regime-cpu")  # the same seeds on two machines
@@ -22,7 +23,12 @@ REPEATS = ("regime", "regime-cpu")  # the same seeds on two machines
 def scores(name):
     """{row: {seed: scores}} of a record on its own data set; {} if it is not there yet."""
     path = ASSETS / f"{name}.jsonl"
-    return read(path.read_text().splitlines())[None] if path.exists() else {}
+    return group(read(path))[None] if path.exists() else {}
+
+
+def read_claims():
+    """All claims, a dict each, in the order of their numbers."""
+    return json.loads((ASSETS / "claims.json").read_text())
 
 
 def noise_floor(column):
@@ -99,7 +105,7 @@ def holm(p_values, level=0.05):
 
 def claims_table(last=None):
     """Markdown of the claims up to number `last`, both forms, and a line on Holm's correction."""
-    claims = json.loads((ASSETS / "claims.json").read_text())[:last]
+    claims = read_claims()[:last]
     lines = [
         "| the paper's claim | paper | as printed (γ = 1): mean (95 % interval), n | verdict "
         "| as run (authors' form) | verdict |",
@@ -124,3 +130,47 @@ def claims_table(last=None):
     count = f"{holm(p_values)} of the {len(p_values)} comparisons"
     lines += ["", f"After Holm's correction for their number {count} leave out zero."]
     return "\n".join(lines)
+
+
+def study_table(kind, files):
+    """Markdown for the marker KIND: FILES, as `renew` explains them."""
+    row, _, asked = kind.partition(" minus ")
+    found, base_runs = {}, {}
+    for names in files.split(", "):
+        studies = [group(read(ASSETS.parent / name)) for name in names.split()]
+        for data_set, rows in studies[0].items():
+            base = asked or next(iter(rows))
+            where = f" on {data_set}" if data_set else ""
+            parts = [study.get(data_set, {}) for study in studies]
+            for name, runs in differences(parts, base).items():
+                if kind == "n > 1" and len(runs) > 1:
+                    found[name], base_runs = runs, rows[base]
+                elif (kind == "n = 1" and len(runs) == 1) or name == row:
+                    study = Path(names.split()[0]).stem
+                    found[f"{study}{where}: {name} minus {base}"] = runs
+    heading = f"minus {base}" if base_runs else "difference"
+    return table(heading, PAIRED, found, base_runs)
+
+
+def renew(page):
+    """A page with what stands between its markers and the next `<!-- end -->` made anew.
+
+    <!-- claims -->, <!-- claims 1 to N -->    the paper's claims, all or the first N
+    <!-- n > 1: FILES -->                      rows of several seeds, each minus the first row; the
+                                               files are of one study, on several machines
+    <!-- n = 1: FILES -->                      rows of one seed, each minus the first row
+    <!-- ROW minus ROW: FILES -->              this difference; commas part the studies
+    """
+
+    def fill(block):
+        marker, last, kind, files = block.groups()
+        if kind:
+            made = study_table(kind, files)
+        else:
+            made = claims_table(int(last) if last else None)
+        return f"<!-- {marker} -->\n\n{made}\n\n<!-- end -->"
+
+    claims_marker = r"claims(?: 1 to (\d+))?"
+    study_marker = r"(n > 1|n = 1|[^>]+ minus [^>]+): (\S+\.jsonl.*?)"
+    pattern = f"<!-- ({claims_marker}|{study_marker}) -->.*?<!-- end -->"
+    return re.sub(pattern, fill, page, flags=re.S)

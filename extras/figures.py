@@ -5,9 +5,9 @@
 
 where extras/study.py wrote that file. --first-run takes runs of the first run's command and keeps
 their rounds in first_run.jsonl, from which their curve is drawn again; --separation takes the file
-that extras/separation.py writes, --forest the folder of the studies' scores:
+that extras/separation.py writes:
 
-    python extras/figures.py --forest assets              # forest.svg of extras/RESULTS.md
+    python extras/figures.py --forest     # forest.svg of extras/RESULTS.md, from assets/claims.json
 """
 
 import argparse
@@ -23,39 +23,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
+import claims  # noqa: E402
 from diagrams import COLOURS, STYLE, legend, pipeline, scales, stopgrad  # noqa: E402
 from law import compare  # noqa: E402
-from tables import cell, differences, interval  # noqa: E402
-from tables import read as read_scores  # noqa: E402
+from tables import cell, interval, read  # noqa: E402
 
 from data import load_dataset  # noqa: E402
 from train import make_model, make_monitor  # noqa: E402
-
-FOREST = {  # title: files of a study, {row: the paper's LP minus that of the first row}
-    "50,000 images, 10 clients": (
-        ["regime", "regime-cpu"],
-        {"ssd": 0.48, "ssd --gamma 0.2": None, "ssd --gamma 0.05": None}
-        | {"dsr": 0.21, "pd": -0.10, "hsd": -4.69},
-    ),
-    "50,000 images, 10 clients, no projector": (["regime-projector"], {"dsr --no-projector": 2.98}),
-    "4,000 images, 10 clients": (
-        ["ablation"],
-        {"ssd": 0.48, "dsr": 0.21, "pd": -0.10, "hsd": -4.69},
-    ),
-    "4,000 images, 10 clients, others' methods": (
-        ["silo"],
-        {"fedx": -2.44, "ldawa": -3.17, "feddecorr": -0.71, "fedu2": 0.17},
-    ),
-    "4,000 images, 50 clients": (
-        ["device"],
-        {"ssd": 0.55, "fedx": -0.27, "ldawa": -3.63, "feddecorr": 0.21, "fedu2": -0.19},
-    ),
-}
-
-
-def read(path):
-    """The lines of a .jsonl file."""
-    return list(map(json.loads, path.read_text().splitlines()))
 
 
 def shorten(svg):
@@ -205,41 +179,40 @@ def rounds(plt, rows):
     return figure
 
 
-def forest(plt, folder):
-    """Differences of LP to the first row, 95 % intervals, the paper's values; ends beyond 6 cut."""
-    heights = sum(len(rows) + 1.4 for _, rows in FOREST.values())
-    figure, axis = plt.subplots(figsize=(5.6, 0.27 * heights + 0.9))
-    end, y, blend = 6, 0, axis.get_yaxis_transform()
-    for title, (names, papers) in FOREST.items():
-        axis.text(-0.42, y, title, transform=blend, fontweight="bold", va="center")
-        studies = [read_scores(open(folder / f"{name}.jsonl"))[None] for name in names]
-        found = differences(studies, next(iter(studies[0])))
-        for row, paper in papers.items():
-            y += 1
-            values = [run["linear_probe"] for run in found[row].values()]
-            middle, half = interval(values)
-            label = {"color": COLOURS[0], "label": "here, 95 % interval"}
-            axis.plot(np.clip([middle - half, middle + half], -end, end), [y, y], **label)
-            for sign, marker in ((-1, "<"), (1, ">")):
-                if sign * middle + half > end:
-                    axis.plot(sign * end, y, marker, color=COLOURS[0], ms=6, clip_on=False)
-            axis.plot(middle, y, "o", color=COLOURS[0], ms=6)
-            if paper is not None:
-                axis.plot(
-                    paper, y, "D", color=COLOURS[1], ms=6, mfc="none", mew=2, label="the paper"
-                )
-            axis.text(-0.4, y, row, transform=blend, va="center")
-            text = f"{cell(values, 1, True)}, n = {len(values)}"
-            axis.text(1.04, y, text, transform=blend, va="center")
-        y += 1.4
+def forest(plt):
+    """The claims on LP: mean differences with 95 % intervals, the paper's; cut off at 6 points."""
+    end, forms, bars = 6, {"printed": "as printed", "run": "as run (authors' form)"}, []
+    for claim in claims.read_claims():
+        for form in forms:
+            values = claims.compare(claim, form)
+            if claim["column"] == "LP %" and len(values) > 1:
+                bars.append((claim, form, values))
+    figure, axis = plt.subplots(figsize=(4.2, 0.27 * len(bars) + 0.9))
+    blend = axis.get_yaxis_transform()
+    for y, (claim, form, values) in enumerate(bars):
+        middle, half = interval(values)
+        style = {"color": COLOURS[0 if form == "printed" else 2]}
+        ends = np.clip([middle - half, middle + half], -end, end)
+        axis.plot(ends, [y, y], label=f"{forms[form]}, 95 % interval", **style)
+        for sign, marker in ((-1, "<"), (1, ">")):
+            if sign * middle + half > end:
+                axis.plot(sign * end, y, marker, ms=6, clip_on=False, **style)
+        axis.plot(middle, y, "o", ms=6, **style)
+        paper = float(claim["paper"].replace("−", "-"))
+        axis.plot(paper, y, "D", color=COLOURS[1], ms=6, mfc="none", mew=2, label="the paper")
+        text = f"{claim['number']} {claim['claim']}, {claim['images']} images"
+        text = text.replace("`", "").replace(" the linear probe (LP)", " LP")
+        axis.text(-0.03, y, text, transform=blend, va="center", ha="right")
+        text = f"{cell(values, 1, True)}, n = {len(values)}"
+        axis.text(1.04, y, text, transform=blend, va="center")
     axis.axvline(0, color=COLOURS[7], lw=1, zorder=0)
-    axis.set(xlim=(-end, end), ylim=(y - 0.7, -0.7), yticks=[])
+    axis.set(xlim=(-end, end), ylim=(len(bars) - 0.3, -0.7), yticks=[])
     axis.spines["left"].set_visible(False)
     axis.set_xlabel("LP minus the baseline's, in points (→ better)")
     handles, labels = axis.get_legend_handles_labels()
     once = dict(zip(labels, handles))
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.98)}
-    axis.legend(once.values(), once, ncols=2, frameon=False, **place)
+    axis.legend(once.values(), once, ncols=3, frameon=False, **place)
     return figure
 
 
@@ -268,7 +241,7 @@ def draw_all(plt, args):
     if not all("variant" in line for line in controls):
         raise ValueError(f"{args.separation} is not a file of extras/separation.py")
     shares = separation(plt, controls) if controls else None
-    trees = forest(plt, args.forest) if args.forest else None
+    trees = forest(plt) if args.forest else None
     first, kept = list(record(args.first_run or [])), args.out / "first_run.jsonl"
     lines = first or (read(kept) if kept.exists() else [])
     curve = first_run(plt, lines) if lines else None
@@ -297,7 +270,7 @@ def main(argv=None):
     add("--rows", nargs="+", help="draw these of the study's rows, in this order (all)")
     add("--first-run", type=Path, nargs="+", metavar="RUN", help="run folders, one a seed")
     add("--separation", type=Path, metavar="FILE", help="of extras/separation.py")
-    add("--forest", type=Path, metavar="FOLDER", help="of regime.jsonl, ablation.jsonl and so on")
+    add("--forest", action="store_true", help="draw the claims on LP, from assets/claims.json")
     add("--out", type=Path, default=Path("assets"), help="where the figures go (%(default)s)")
     args = parser.parse_args(argv)
     try:

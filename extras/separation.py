@@ -13,7 +13,6 @@ are embedded by k's network (own) or by an average of all; the same test images 
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 
 import law  # noqa: E402
 import variants  # noqa: E402
+from tables import current_commit  # noqa: E402
 
 from data import load_dataset, two_views  # noqa: E402
 from eval import encode, mean_parts  # noqa: E402
@@ -150,7 +150,6 @@ def describe(path, checkpoint, device):
     for name, value in variants.METHODS[row].items():
         if config[name] != value:
             row += f" --{name} {config[name]:g}"
-    git = ["git", "-C", ROOT, "describe", "--always", "--exclude=*", "--dirty=+changes"]
     return {
         "run": str(Path(path).parent),
         "row": row,
@@ -158,7 +157,7 @@ def describe(path, checkpoint, device):
         "round": len(checkpoint["history"]),
         "epochs": config["local_epochs"],
         "command": f"python extras/separation.py {path}",
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "commit": current_commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

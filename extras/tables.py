@@ -1,7 +1,9 @@
-"""Scores -> means, differences, 95 % intervals, Markdown tables: what extras/study.py prints."""
+"""Records of scores -> means, differences, 95 % intervals, Markdown tables."""
 
 import json
 import statistics
+import subprocess
+from pathlib import Path
 
 import numpy as np
 
@@ -91,19 +93,39 @@ def table(name, headings, rows, base=None):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines if headings)
 
 
-def read(lines):
-    """Lines of scores.jsonl -> {data set of a transfer, or None: {row: {seed: scores}}}."""
+def current_commit():
+    """The commit of this code, "+changes" behind it if files differ; "unknown" without git."""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=+changes"]
+    found = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+def read(path):
+    """A record's lines, a dict each."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def update(path, lines):
+    """Add lines to a record, each in place of an earlier one of the same row, seed, data set."""
+    kept, old = {}, read(path) if path.exists() else []
+    for line in [*old, *lines]:
+        kept[line["row"], line["seed"], line["transfer"]] = line
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept.values()))
+
+
+def group(lines):
+    """Lines of a record -> {data set of a transfer, or None: {row: {seed: line}}}."""
     results = {}
-    for line in map(json.loads, lines):
-        row, seed, data_set = (line.pop(name) for name in ("row", "seed", "transfer"))
-        results.setdefault(data_set, {}).setdefault(row, {})[seed] = line
+    for line in lines:
+        rows = results.setdefault(line["transfer"], {})
+        rows.setdefault(line["row"], {})[line["seed"]] = line
     return results
 
 
 def tables(lines):
-    """Lines of scores.jsonl -> Markdown tables: all rows, and all differences to the first row."""
+    """Lines of a record -> Markdown tables: all rows, and all differences to the first row."""
     parts = []
-    for data_set, rows in read(lines).items():
+    for data_set, rows in group(lines).items():
         where = f", transfer to {data_set}" if data_set else ""
         parts += [table(name + where, headings, rows) for name, headings in TABLES.items()]
         first = next(iter(rows))

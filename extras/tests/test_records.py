@@ -9,7 +9,6 @@ from pathlib import Path
 
 import baselines
 import claims
-import figures
 import law
 import pytest
 import study
@@ -40,7 +39,7 @@ def test_every_command_has_flags_that_exist(command, monkeypatch, tmp_path):
     name = Path(script).stem
     if name == "study":
         monkeypatch.setattr(study, "train_one", stop)
-        monkeypatch.setattr(study, "renew", stop)
+        monkeypatch.setattr(claims, "renew", stop)
         (tmp_path / "extras").symlink_to(ROOT / "extras")
         (tmp_path / "README.md").symlink_to(ROOT / "README.md")
         monkeypatch.chdir(tmp_path)
@@ -54,7 +53,7 @@ def test_every_command_has_flags_that_exist(command, monkeypatch, tmp_path):
 
 def scores(name):
     """{row: {seed: scores}} of a study's record on its own data set."""
-    return tables.read((ROOT / f"assets/{name}.jsonl").open())[None]
+    return tables.group(tables.read(ROOT / f"assets/{name}.jsonl"))[None]
 
 
 def compare(row, base, names, heading):
@@ -69,9 +68,9 @@ def test_the_tables_of_the_pages_are_those_of_their_records():
     shown = set(re.findall(r"assets/(\S+\.jsonl)", " ".join(marks)))
     records = {file.name for file in (ROOT / "assets").glob("*.jsonl")}
     assert len(shown) > 9 and shown == {name for name in records if "first_run" not in name}
-    assert study.renew(RESULTS) == RESULTS, "python extras/study.py extras/RESULTS.md"
+    assert claims.renew(RESULTS) == RESULTS, "python extras/study.py extras/RESULTS.md"
     assert law.renew(RESULTS) == RESULTS, "python extras/law.py extras/RESULTS.md"
-    assert study.renew(README) == README, "python extras/study.py README.md"
+    assert claims.renew(README) == README, "python extras/study.py README.md"
 
 
 def test_a_verdict_needs_an_interval_without_zero_and_a_spread_above_the_noise():
@@ -127,8 +126,11 @@ def test_the_findings_are_those_of_the_intervals():
         *((row, base, silo, {lp: -1, "FT 1 %": 0, "FT 10 %": 0}) for row in ("fedx", "ldawa")),
         *((row, base, silo, {lp: 0, "FT 1 %": 0, "FT 10 %": 0}) for row in ("feddecorr", "fedu2")),
         ("local", base, [*silo, "local"], {lp: -1}),
-        *((row, base, ["device"], {lp: 0}) for row in ("fedx", "ldawa", "feddecorr", "fedu2")),
-        ("ssd", base, ["device"], {lp: 0, z: -1}),
+        *(
+            (row, base, ["cross-device"], {lp: 0})
+            for row in ("fedx", "ldawa", "feddecorr", "fedu2")
+        ),
+        ("ssd", base, ["cross-device"], {lp: 0, z: -1}),
     ):
         for heading, sign in told.items():
             middle, half = tables.interval(compare(row, other, names, heading))
@@ -152,25 +154,22 @@ def test_the_noise_floor_is_that_of_repeats():
     assert told in " ".join(README.split())
 
 
-def test_the_forest_is_that_of_the_records_and_of_the_papers_tables():
+def test_the_forest_and_the_claims_are_those_of_the_records_and_of_the_papers_tables():
     shown = (ROOT / "assets/forest.svg").read_text()
-    paper = dict(re.findall(r"^\| ([^|]+) \| (\d\d\.\d\d) ", RESULTS, re.M))
-    device = re.findall(
-        r"^\| (\w\S+) (?:\| [\d.]+ ){3}\| (\d\d\.\d\d) (?:\|[^|]+){2}\|$", RESULTS, re.M
-    )
-    device, names = dict(device), {"pd": "+ PD", "dsr": "+ DSR", "ldawa": "L-DAWA"}
-    names["dsr --no-projector"] = "+ DSR, no projector"
-    names |= {name.lower(): name for name in paper | device if name.isalnum()}
-    for title, (files, papers) in figures.FOREST.items():
-        base = next(iter(scores(files[0])))
-        for row, value in papers.items():
-            values = compare(row, base, files, "LP %")
-            assert f">{tables.cell(values, 1, True)}, n = {len(values)}<" in shown, row
-            if value is not None:
-                printed = device if "50 clients" in title else paper
-                baseline = "FedAlignUniform" + ", no projector" * ("projector" in title)
-                minus = float(printed[names[row]]) - float(printed[baseline])
-                assert value == pytest.approx(minus), (title, row)
+    ten = dict(re.findall(r"^\| ([^|]+) \| (\d\d\.\d\d) ", RESULTS, re.M))
+    pattern = r"^\| (\w\S+) (?:\| [\d.]+ ){3}\| (\d\d\.\d\d) (?:\|[^|]+){2}\|$"
+    fifty = dict(re.findall(pattern, RESULTS, re.M))
+    names = {"ssd": "SSD", "pd": "+ PD", "dsr": "+ DSR", "hsd": "HSD"}
+    names |= {"fedalignuniform": "FedAlignUniform", "dsr --no-projector": "+ DSR, no projector"}
+    names["fedalignuniform --no-projector"] = "FedAlignUniform, no projector"
+    for claim in claims.read_claims():
+        values = claims.compare(claim, "printed")
+        if claim["column"] == "LP %":
+            assert f">{tables.cell(values, 1, True)}, n = {len(values)}<" in shown, claim
+            printed = fifty if "K = 50" in claim["claim"] else ten
+            row, base = names[claim["printed"]["row"]], names[claim["printed"]["base"]]
+            minus = float(printed[row]) - float(printed[base])
+            assert float(claim["paper"].replace("−", "-")) == pytest.approx(minus), claim
 
 
 def test_what_results_says_beside_its_tables():

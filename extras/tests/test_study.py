@@ -1,18 +1,24 @@
 """extras/study.py: a table of methods and seeds that goes on where it was stopped."""
 
+import datetime
+import functools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import claims
 import numpy as np
 import pytest
 import study
 import tables
+import torch
 
 import eval as evaluation
+import train
 from data import draw_patterns
+from losses import ssd_loss
 
 SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
 SMALL += "--local-epochs 1 --device cpu --no-amp".split()
@@ -22,12 +28,18 @@ SMALL += "--local-epochs 1 --device cpu --no-amp".split()
 def calls(monkeypatch, tmp_path):
     """The scripts run in this process, on 120 patterns; what was run is listed."""
     monkeypatch.setattr("data.draw_patterns", lambda: draw_patterns(120, 40))
+    monkeypatch.setattr(study, "SCRIPTS", dict(study.SCRIPTS))
     monkeypatch.chdir(tmp_path)
-    listed = []
+    listed, run_process = [], subprocess.run
 
-    def run(command, check, stdout, stderr):
+    def run(command, **options):
+        if command[0] == "git":
+            return run_process(command, **options)
         script, flags = Path(command[1]), [str(part) for part in command[2:]]
         listed.append(script.stem)
+        if script == study.ROOT / "mine.py":
+            monkeypatch.setattr(sys, "argv", ["mine.py"])
+            return train.main(flags, objective=functools.partial(ssd_loss))
         scripts = {**study.SCRIPTS, "eval.py": evaluation}
         scripts[script.relative_to(study.ROOT).as_posix()].main(flags)
 
@@ -60,8 +72,8 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
     assert rows[0] == "| accuracy | LP % | kNN % | s/round | n |" and len(rows) == 16
     assert rows[2].startswith("| pd | ") and rows[2].endswith("| 2 |") and rows[2].count("±") == 3
     assert rows[14].startswith("| itself | ") and rows[15].startswith("| dsr --no-projector | ")
-    assert rows[15].count(" to ") == 6
-    lines = [json.loads(line) for line in Path("runs/scores.jsonl").read_text().splitlines()]
+    assert rows[15].count(" to ") == 5
+    lines = tables.read("runs/scores.jsonl")
     assert [(line["row"], line["seed"]) for line in lines] == [
         ("pd", 0),
         ("dsr --no-projector", 0),
@@ -73,6 +85,25 @@ def test_every_run_is_made_once_and_the_table_has_mean_and_spread(calls, capsys)
     assert f"| pd | {(lines[0]['linear_probe'] + lines[2]['linear_probe']) / 2:.2f} " in rows[2]
     study.main([*command, "--rounds", "2"])  # goes on with the same runs
     assert calls[8:] == ["train", "eval"] * 4
+
+
+def test_a_record_says_how_a_line_was_made_and_keeps_the_others(calls):
+    """An own loss is a row. A second command, of other rows or rounds, adds and replaces lines."""
+    command = ["runs", "--script", "mine.py", "--record", "mine.jsonl", "--seeds", "0"]
+    flags = ["--evaluation", "--epochs 1 --finetune", "--", *SMALL]
+    study.main([*command, "--rows", "ssd", "mine", *flags])
+    study.main([*command, "--rows", "mine", "--transfer", "patterns", *flags, "--rounds", "2"])
+    lines = tables.read("mine.jsonl")
+    found = [(line["row"], line["transfer"], line["rounds"]) for line in lines]
+    assert found == [("ssd", None, 1), ("mine", None, 2), ("mine", "patterns", 2)]
+    assert [line["method"] for line in lines] == ["ssd", "mine", "mine"]
+    for line in lines:
+        assert line["commit"] == tables.current_commit() and line["torch"] == torch.__version__
+        assert line["device"] == "cpu" and line["threads"] == torch.get_num_threads()
+        assert line["date"] == datetime.date.today().isoformat() and line["knn"] > 0
+    assert lines[1]["flags"].startswith("mine.py --dataset patterns --width 2")
+    assert lines[0]["command"].startswith("python extras/study.py runs --script mine.py --record")
+    assert lines[0]["command"] != lines[1]["command"]
 
 
 def test_scores_of_another_protocol_are_no_scores_and_runs_of_other_flags_no_runs(calls, capsys):
@@ -173,9 +204,9 @@ def test_rows_of_other_scripts_and_the_two_bounds(calls, capsys):
 
 
 def scores_lines(rows, transfer=None):
-    """{row: {seed: scores}} as the lines of a scores.jsonl."""
+    """{row: {seed: scores}} as the lines of a record."""
     return [
-        json.dumps({"row": row, "seed": seed, "transfer": transfer, **scores})
+        {"row": row, "seed": seed, "transfer": transfer, **scores}
         for row, runs in rows.items()
         for seed, scores in runs.items()
     ]
@@ -251,12 +282,13 @@ def test_no_table_has_more_than_eight_columns():
 
 def test_a_page_gets_its_tables_anew(tmp_path, capsys, monkeypatch):
     """One study on two machines; seed 1 of b is a repeat, and c is compared on its own machine."""
-    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "ASSETS", tmp_path / "assets")
     one = {"a": {0: {"knn": 10.0}, 1: {"knn": 20.0}}, "b": {0: {"knn": 12.0}, 1: {"knn": 26.0}}}
     two = {"a": {1: {"knn": 50.0}}, "b": {1: {"knn": 99.0}}, "c": {1: {"knn": 51.0}}}
-    lines = scores_lines({"a": {0: {"knn": 1.0}}, "b": {0: {"knn": 4.0}}}, "else")
-    for name, text in (("one", scores_lines(one)), ("two", scores_lines(two)), ("three", lines)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(text))
+    tables.update(tmp_path / "one.jsonl", scores_lines(one))
+    tables.update(tmp_path / "two.jsonl", scores_lines(two))
+    three = {"a": {0: {"knn": 1.0}}, "b": {0: {"knn": 4.0}}}
+    tables.update(tmp_path / "three.jsonl", scores_lines(three, "else"))
     marks = "n > 1: one.jsonl two.jsonl", "n = 1: one.jsonl two.jsonl, three.jsonl"
     marks += ("a minus b: one.jsonl",)
     text = "Before\n" + "\n".join(f"<!-- {mark} -->\nold\n<!-- end -->" for mark in marks)
@@ -273,7 +305,7 @@ def test_a_page_gets_its_tables_anew(tmp_path, capsys, monkeypatch):
     )
     parts = [f"<!-- {m} -->\n\n{t}\n\n<!-- end -->" for m, t in zip(marks, made)]
     assert page == "Before\n" + "\n".join(parts) + "\nafter <!-- first run -->"
-    assert study.renew(page) == page
+    assert claims.renew(page) == page
     with pytest.raises(SystemExit) as stop:
         study.main([str(tmp_path / "other.md")])
     assert stop.value.code == 2 and "other.md" in capsys.readouterr().err
