@@ -58,22 +58,6 @@ def test_every_image_of_a_class_may_go_to_any_client():
     assert 450 < part.mean() < 550  # not the first half
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ((np.arange(100) % 10, 20, 0.1), "100 samples.*20 clients.*lower K"),  # 20 x 10 > 100
-        ((np.arange(200) % 10, 15, 0.01), r"smallest of 15 .* had at most \d+.*raise alpha"),
-        ((np.arange(100) % 10, 0, 0.1), "num_clients"),
-        ((np.arange(100) % 10, 2, 0.0), "alpha"),
-        ((np.arange(100) % 10, 2, math.nan), "alpha"),
-        ((np.eye(10)[np.arange(1000) % 10], 2, 1.0), r"labels must be \(N,\).*\(1000, 10\)"),
-    ],
-)
-def test_an_impossible_split_says_why(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        dirichlet_split(*arguments)
-
-
 @pytest.mark.parametrize("parts", [[[0, 3], [1, 2]], {"1": [1, 2], "0": [3, 0]}])
 def test_a_split_file_is_a_list_or_an_object_of_clients(parts, tmp_path):
     (tmp_path / "split.json").write_text(json.dumps(parts))
@@ -82,30 +66,6 @@ def test_a_split_file_is_a_list_or_an_object_of_clients(parts, tmp_path):
     checked = data.check_split(split, np.arange(4), 2, "it")
     assert [part.tolist() for part in checked] == [[0, 3], [1, 2]]
     data.check_split(split, np.arange(4), None, "it")
-
-
-@pytest.mark.parametrize("text", ["{", "3", '[["a"]]', "[[1e99]]", '{"0": [1], "2": [2]}', "[[[1]"])
-def test_a_split_file_of_something_else_is_a_value_error(text, tmp_path):
-    (tmp_path / "split.json").write_text(text)
-    with pytest.raises(ValueError, match="split.json must be JSON"):
-        data.read_split(tmp_path / "split.json")
-
-
-@pytest.mark.parametrize(
-    "split, words",
-    [
-        ([[5, 6], [0, 1, 2, 3, 4, 5, 6, 7]], "once: see image 5"),
-        ([[0, 1, 2, 3], [4, 5, 6, 7, 8]], "image 8"),
-        ([[0, 1, 2, 3], [4, 5, 6]], "image 7"),
-        ([[0], [1, 2, 3, 4, 5, 6, 7]], "at least 2"),
-        ([[0, 1, 2, 3, 4, 5, 6, 7]], "--clients 2: it has 1"),
-    ],
-)
-def test_a_split_that_is_no_partition_is_a_value_error(split, words):
-    with pytest.raises(ValueError, match=words):
-        data.check_split(split, np.arange(8), 2, "it")
-    with pytest.raises(ValueError, match="at least 2"):
-        data.check_split([], np.arange(8), None, "it")
 
 
 # ------------------------------------------------------------------ views
@@ -180,21 +140,6 @@ def test_a_box_that_never_fits_becomes_the_largest_centred_one():
     for height, width, expected in ((8, 64, [0, 26, 8, 11]), (64, 8, [26, 0, 11, 8])):  # 8:1
         params = draw_params(50, height, width, torch.Generator().manual_seed(0), scale=(0.9, 1.0))
         assert params["box"].unique(dim=0).tolist() == [expected]
-
-
-@pytest.mark.parametrize(
-    "shape, dtype",
-    [
-        ((4, 3, 8, 8), torch.float32),
-        ((4, 3, 8, 8), torch.int32),
-        ((4, 1, 8, 8), torch.uint8),
-        ((3, 8, 8), torch.uint8),
-        ((0, 3, 8, 8), torch.uint8),
-    ],
-)
-def test_images_that_are_not_uint8_rgb_or_none_are_refused(shape, dtype):
-    with pytest.raises(ValueError, match=rf"uint8 \(n, 3, H, W\).*got {dtype}"):
-        data.unit_range(torch.zeros(shape, dtype=dtype))
 
 
 def test_two_views_come_from_the_generator_alone_and_stay_in_range():
@@ -342,5 +287,43 @@ def test_cifar_comes_from_torchvisions_files(tmp_path, monkeypatch):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(FileNotFoundError, match="'cifar11' is neither a folder.*cifar10.*patterns"):
         load_dataset("cifar11")
-    with pytest.raises(ValueError, match="image size 48: patterns is 32x32"):
-        load_dataset("patterns", image_size=48)
+
+
+TEN, TWENTY = np.arange(100) % 10, np.arange(200) % 10
+SPLIT = [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: dirichlet_split(TEN, 20, 0.1), "100 samples.*20 clients.*lower K"),  # 20 x 10
+        (lambda: dirichlet_split(TWENTY, 15, 0.01), r"smallest of 15 .* at most \d+.*raise alpha"),
+        (lambda: dirichlet_split(TEN, 0, 0.1), "num_clients"),
+        (lambda: dirichlet_split(TEN, 2, 0.0), "alpha"),
+        (lambda: dirichlet_split(TEN, 2, math.nan), "alpha"),
+        (lambda: dirichlet_split(TEN, 2, math.inf), "alpha"),
+        (lambda: dirichlet_split(TEN, 2, 1.0, min_size=0), "min_size"),
+        (lambda: dirichlet_split(np.eye(10), 2, 1.0), r"labels must be \(N,\).*\(10, 10\)"),
+        (lambda: data.check_split([[5, 6], range(8)], range(8), 2, "it"), "once: see image 5"),
+        (lambda: data.check_split(SPLIT, range(9), 2, "it"), "see image 8"),
+        (lambda: data.check_split(SPLIT, range(7), 2, "it"), "see image 7"),
+        (lambda: data.check_split([[0], range(1, 8)], range(8), 2, "it"), "at least 2"),
+        (lambda: data.check_split([], range(8), None, "it"), "at least 2"),
+        (lambda: data.check_split(SPLIT, range(8), 3, "it"), "--clients 3: it has 2"),
+        (lambda: data.unit_range(torch.zeros(4, 3, 8, 8)), r"uint8 \(n, 3, H, W\).*float32"),
+        (lambda: data.unit_range(torch.zeros(4, 1, 8, 8).byte()), r"uint8 .*\(4, 1, 8, 8\)"),
+        (lambda: data.unit_range(torch.zeros(3, 8, 8).byte()), r"uint8 .*\(3, 8, 8\)"),
+        (lambda: data.unit_range(torch.zeros(0, 3, 8, 8).byte()), "n >= 1"),
+        (lambda: load_dataset("patterns", image_size=48), "image size 48: patterns is 32x32"),
+    ],
+)
+def test_what_cannot_be_used_is_a_value_error(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize("text", ["{", "3", '[["a"]]', "[[1e99]]", '{"0": [1], "2": [2]}', "[[[1]"])
+def test_a_split_file_of_something_else_is_a_value_error(text, tmp_path):
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(ValueError, match="split.json must be JSON"):
+        data.read_split(tmp_path / "split.json")
