@@ -163,6 +163,9 @@ def test_patterns_are_the_same_every_time_and_balanced():
     assert one.train_x.dtype == torch.uint8 and one.train_y.bincount().tolist() == [20] * 10
     assert len(one.classes) == 10 and one.test_y.bincount().tolist() == [10] * 10
     assert not torch.equal(one.train_x[:100], one.test_x)
+    means = [111, 122, 104, 123, 108, 103, 87, 130, 105, 95]  # of the images that were drawn first
+    drawn = draw_patterns(120, 40).train_x[:10].float().mean((1, 2, 3))
+    assert drawn.tolist() == pytest.approx(means, abs=1)
 
 
 def test_colour_and_brightness_do_not_give_a_pattern_away():
@@ -172,6 +175,24 @@ def test_colour_and_brightness_do_not_give_a_pattern_away():
     statistics = torch.cat([mean_colour, brightness], 1)
     between = torch.stack([statistics[patterns.train_y == c].mean(0) for c in range(10)]).std(0)
     assert (between / statistics.std(0)).max() < 0.25  # the classes' means are close together
+
+
+def test_the_shapes_of_patterns_cover_what_geometry_says():
+    """The share of the pixels inside, or outside, of the shapes in a cell."""
+    inside = {"dots": 3.14 * 0.33**2, "rings": 3.14 * (0.42**2 - 0.22**2), "grid": 1 - 0.76**2}
+    inside |= {"triangles": 0.7 * 0.7 / 2, "bricks": 0.84 * 0.72, "stripes": 0.5, "checks": 0.5}
+    patterns = draw_patterns(600, 10)
+    for name, share in inside.items():
+        x = patterns.train_x[patterns.train_y == patterns.classes.index(name)].float()
+        darkest, brightest = x.amin((2, 3)), x.amax((2, 3))
+        channel = (brightest - darkest).argmax(1)
+        rows = torch.arange(len(x))
+        level = x.mean((2, 3)) - darkest
+        shares = (level / (brightest - darkest))[rows, channel]
+        shares = torch.where(
+            (shares - share).abs() < (1 - shares - share).abs(), shares, 1 - shares
+        )
+        assert shares.mean().item() == pytest.approx(share, abs=0.02), name
 
 
 @pytest.fixture
@@ -289,7 +310,7 @@ def test_an_unknown_name_lists_the_known_ones():
         load_dataset("cifar11")
 
 
-TEN, TWENTY = np.arange(100) % 10, np.arange(200) % 10
+TEN = np.arange(100) % 10
 SPLIT = [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
@@ -297,7 +318,10 @@ SPLIT = [[0, 1, 2, 3], [4, 5, 6, 7]]
     "call, words",
     [
         (lambda: dirichlet_split(TEN, 20, 0.1), "100 samples.*20 clients.*lower K"),  # 20 x 10
-        (lambda: dirichlet_split(TWENTY, 15, 0.01), r"smallest of 15 .* at most \d+.*raise alpha"),
+        (
+            lambda: dirichlet_split([0, 1], 3, 0.1),
+            "smallest of 3 .* at most 0, not 10: raise alpha",
+        ),
         (lambda: dirichlet_split(TEN, 0, 0.1), "num_clients"),
         (lambda: dirichlet_split(TEN, 2, 0.0), "alpha"),
         (lambda: dirichlet_split(TEN, 2, math.nan), "alpha"),

@@ -355,12 +355,12 @@ def test_dropout_draws_from_the_round_and_the_client_and_gives_torchs_generator_
 
     one, other = net(), net()
     torch.manual_seed(1)
-    run(one, batch_size=1)
+    run(one, batch_size=1, split=[[7], range(10, 20)])
     following = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(following, torch.rand(1))
     torch.manual_seed(2)
-    run(other, batch_size=1)
+    run(other, batch_size=1, split=[[7], range(10, 20)])
     assert same(one.state_dict(), other.state_dict())
 
 
