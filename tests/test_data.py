@@ -1,5 +1,6 @@
 """data.py: the split is a partition, the views equal torchvision's, folders of any images load."""
 
+import inspect
 import json
 import math
 import shutil
@@ -118,6 +119,9 @@ def test_parameters_have_the_distributions_of_the_paper():
     for ours, theirs in zip((top, left, height, width), torch.tensor(reference).float().T):
         assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.4)
         assert ours.std().item() == pytest.approx(theirs.std().item(), abs=0.3)
+    large = draw_params(20000, 900, 900, torch.Generator().manual_seed(0))["box"]
+    ratio = (large[:, 3] / large[:, 2]).log() / math.log(4 / 3)  # width to height
+    assert -1.01 < ratio.min() < -0.99 and 0.99 < ratio.max() < 1.01
     jittered = params["hue"] != 0
     assert jittered.float().mean() == pytest.approx(0.8, abs=0.015)
     factors = params["before"] * params["after"]  # one of the two is 1
@@ -157,15 +161,21 @@ def test_two_views_come_from_the_generator_alone_and_stay_in_range():
 # ------------------------------------------------------------------ data sets
 
 
-def test_patterns_are_the_same_every_time_and_balanced():
-    one, two = draw_patterns(200, 100), draw_patterns(200, 100)
-    assert torch.equal(one.train_x, two.train_x) and one.train_x.shape == (200, 3, 32, 32)
-    assert one.train_x.dtype == torch.uint8 and one.train_y.bincount().tolist() == [20] * 10
-    assert len(one.classes) == 10 and one.test_y.bincount().tolist() == [10] * 10
-    assert not torch.equal(one.train_x[:100], one.test_x)
-    means = [111, 122, 104, 123, 108, 103, 87, 130, 105, 95]  # of the images that were drawn first
-    drawn = draw_patterns(120, 40).train_x[:10].float().mean((1, 2, 3))
-    assert drawn.tolist() == pytest.approx(means, abs=1)
+def test_patterns_are_balanced_and_the_same_every_time():
+    """Each image's product with a wave over its pixels: those of torch 2.14 on a CPU."""
+    patterns = draw_patterns(600, 40)
+    assert patterns.train_x.shape == (600, 3, 32, 32) and patterns.train_x.dtype == torch.uint8
+    assert patterns.train_y.bincount().tolist() == [60] * 10 and len(patterns.classes) == 10
+    assert patterns.test_y.bincount().tolist() == [4] * 10
+    wave = (0.7 * torch.arange(3 * 32 * 32)).sin() / 50
+    first = patterns.train_x[:10].flatten(1).float() @ wave
+    last = patterns.test_x[-10:].flatten(1).float() @ wave
+    expected = [2.7, 29.9, 15.6, -26.0, 11.9, -6.2, -6.8, 22.5, -27.8, -23.5]
+    assert first.tolist() == pytest.approx(expected, abs=0.5)
+    expected = [15.2, 2.0, 11.4, 23.4, -26.7, -0.5, -9.5, -11.8, 9.3, 19.1]
+    assert last.tolist() == pytest.approx(expected, abs=0.5)
+    sizes = inspect.signature(draw_patterns).parameters
+    assert (sizes["num_train"].default, sizes["num_test"].default) == (5000, 1000)
 
 
 def test_colour_and_brightness_do_not_give_a_pattern_away():
@@ -175,24 +185,6 @@ def test_colour_and_brightness_do_not_give_a_pattern_away():
     statistics = torch.cat([mean_colour, brightness], 1)
     between = torch.stack([statistics[patterns.train_y == c].mean(0) for c in range(10)]).std(0)
     assert (between / statistics.std(0)).max() < 0.25  # the classes' means are close together
-
-
-def test_the_shapes_of_patterns_cover_what_geometry_says():
-    """The share of the pixels inside, or outside, of the shapes in a cell."""
-    inside = {"dots": 3.14 * 0.33**2, "rings": 3.14 * (0.42**2 - 0.22**2), "grid": 1 - 0.76**2}
-    inside |= {"triangles": 0.7 * 0.7 / 2, "bricks": 0.84 * 0.72, "stripes": 0.5, "checks": 0.5}
-    patterns = draw_patterns(600, 10)
-    for name, share in inside.items():
-        x = patterns.train_x[patterns.train_y == patterns.classes.index(name)].float()
-        darkest, brightest = x.amin((2, 3)), x.amax((2, 3))
-        channel = (brightest - darkest).argmax(1)
-        rows = torch.arange(len(x))
-        level = x.mean((2, 3)) - darkest
-        shares = (level / (brightest - darkest))[rows, channel]
-        shares = torch.where(
-            (shares - share).abs() < (1 - shares - share).abs(), shares, 1 - shares
-        )
-        assert shares.mean().item() == pytest.approx(share, abs=0.02), name
 
 
 @pytest.fixture
@@ -317,7 +309,7 @@ SPLIT = [[0, 1, 2, 3], [4, 5, 6, 7]]
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: dirichlet_split(TEN, 20, 0.1), "100 samples.*20 clients.*lower K"),  # 20 x 10
+        (lambda: dirichlet_split(TEN, 20, 0.1), "in 1000 draws from 100 .*lower K"),  # 20 x 10
         (
             lambda: dirichlet_split([0, 1], 3, 0.1),
             "smallest of 3 .* at most 0, not 10: raise alpha",

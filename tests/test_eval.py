@@ -103,8 +103,10 @@ def test_the_probe_is_200_epochs_of_adam_written_out():
                 with torch.no_grad():
                     (w, b)[i].sub_(3e-3 * mean[i] / (1 - 0.9**step) / size)
     expected = 100 * ((test_h @ w.T + b).argmax(1) == test_y).float().mean().item()
+    with torch.no_grad():  # the probe enables gradients itself
+        accuracy = linear_probe(h, y, test_h, test_y)
+    assert accuracy == pytest.approx(expected, abs=0.1)
     assert 80 < expected < 99  # not at an end where all protocols agree
-    assert linear_probe(h, y, test_h, test_y) == pytest.approx(expected, abs=0.1)
 
 
 def test_fine_tuning_takes_the_papers_optimiser_and_as_many_steps(monkeypatch):
@@ -157,15 +159,6 @@ def settled_net(x):
     return net
 
 
-def test_what_learns_enables_gradients_itself():
-    x, y = light_and_dark(40)
-    h, net = F.one_hot(y).float(), SSDNet(2)
-    probe, tuned = linear_probe(h, y, h, y, epochs=3), fine_tune(net, x, y, x, y, epochs=1)
-    with torch.no_grad():
-        assert linear_probe(h, y, h, y, epochs=3) == probe
-        assert fine_tune(net, x, y, x, y, epochs=1) == tuned
-
-
 def test_an_encoder_alone_is_encoded_and_tuned_as_a_network_without_projector():
     x, y = light_and_dark(60)
     net = settled_net(x)
@@ -179,6 +172,8 @@ def test_fine_tuning_learns_and_leaves_the_network_as_it_was():
     before = {name: value.clone() for name, value in net.state_dict().items()}
     train, test = light_and_dark(60), light_and_dark(200)
     accuracy = fine_tune(net, *train, *test, epochs=10, batch_size=16)
+    with torch.no_grad():  # it enables gradients itself
+        assert fine_tune(net, *train, *test, epochs=10, batch_size=16) == accuracy
     assert accuracy > 95
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -374,9 +369,7 @@ def test_scores_are_those_of_h_and_of_z_on_the_test_images():
         assert scores[f"norm_{part}"] == pytest.approx(rows.norm(dim=1).mean().item())
 
 
-def test_the_script_takes_precision_and_data_folder_from_the_run(
-    run, patterns, monkeypatch, mistake
-):
+def test_the_script_takes_the_precision_of_the_run(run, patterns):
     checkpoint = torch.load(run, weights_only=True)
     checkpoint["config"].update(amp=True)
     torch.save(checkpoint, run)
@@ -385,15 +378,6 @@ def test_the_script_takes_precision_and_data_folder_from_the_run(
     for amp in (True, False):
         scores = evaluation.evaluate(net, patterns, epochs=1, amp=amp)
         assert (scores["uniformity_h"] == records(run)[0]["uniformity_h"]) == amp
-
-    def no_network(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    checkpoint["config"].update(dataset="cifar10", data_dir="elsewhere")
-    torch.save(checkpoint, run)
-    mistake(evaluation.main, [run], "not in elsewhere/")
-    mistake(evaluation.main, [run, "--data-dir", "here"], "not in here/")
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,6 @@ def run(net, rounds=2, split=SPLIT, loss=noisy_loss, start=0, **options):
     return reports
 
 
-def shapes(state):
-    return [(name, value.shape) for name, value in state.items()]
-
-
 def train_alone(net, k, split=SPLIT, make=sgd):
     """Client k's part of round 0, with an optimiser of its own -> its state dict."""
     own, rng = copy.deepcopy(net), keyed_generator(0, "client", 0, k)
@@ -67,8 +63,10 @@ def test_average_by_hand():
         {"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(10)},
         {"w": torch.tensor([4.0, 6.0]), "n": torch.tensor(20)},
     ]
-    for weights in ([3, 1], [0.3, 0.1]):
+    states[0]["w"].requires_grad_()
+    for weights in ([3, 1], [0.3, 0.1], np.array([210, 70], dtype=np.uint8)):
         average = average_states(states, weights)
+        assert not average["w"].requires_grad
         assert average["w"].tolist() == pytest.approx([1.0, 3.0])
         assert average["n"].dtype == torch.int64 and average["n"].item() == 12  # 12.5 to even
 
@@ -111,12 +109,6 @@ def test_weights_that_do_not_fit_are_a_value_error(count, weights):
         mean_terms([{"loss": 1.0}], [1, 1])
 
 
-def test_small_integers_are_weights_too_and_no_graph_is_kept():
-    states = [{"w": torch.ones(1, requires_grad=True)}, {"w": torch.zeros(1)}]
-    average = average_states(states, np.array([200, 200], dtype=np.uint8))["w"]
-    assert average == 0.5 and not average.requires_grad
-
-
 # ------------------------------------------------------------------ a round
 
 
@@ -147,16 +139,6 @@ def test_the_order_of_clients_does_not_matter_and_defaults_can_be_passed_as_they
     run(turned, choose=lambda *_: [2, 1, 0])
     for one, other in zip(net.state_dict().values(), turned.state_dict().values()):
         assert torch.allclose(one, other, atol=1e-6)  # up to the order of the sum
-
-
-def test_going_on_from_a_round_equals_never_having_stopped():
-    straight, stopped = small_net(), small_net()
-    run(straight, rounds=4)
-    run(stopped, rounds=2)
-    fresh = small_net(seed=5)
-    fresh.load_state_dict(stopped.state_dict())
-    run(fresh, rounds=4, start=2)
-    assert same(straight.state_dict(), fresh.state_dict())
 
 
 def test_every_round_and_seed_draws_its_own_clients_and_numbers():
@@ -221,7 +203,7 @@ def test_reports_are_averaged_by_samples():
 def test_another_rule_of_averaging_needs_no_edit():
     def last_one_wins(states, weights, global_state, r, clients):
         assert same(global_state, small_net().state_dict())
-        assert [shapes(state) for state in states] == 3 * [shapes(global_state)]  # nothing else
+        assert [state.keys() for state in states] == 3 * [global_state.keys()]  # nothing else
         assert weights == [10, 25, 25] and r == 0 and clients == [0, 1, 2]
         return states[-1]
 
@@ -372,22 +354,15 @@ def test_a_term_that_some_clients_report_is_their_mean():
     assert run(small_net(), 1, loss=loss)[0]["terms"]["k"] == pytest.approx(1.5)
 
 
-def test_fedbn_keeps_every_clients_batchnorm_in_a_dozen_lines():
-    """FedBN (Li et al. 2021): BatchNorm's entries stay with the client, the others are averaged."""
-    own, began, net = {}, {}, small_net()
-
-    def keep(states, weights, global_state, r, clients):
-        for k, state in zip(clients, states):
-            own[k] = {name: value for name, value in state.items() if name.startswith("2.")}
-        return average_states(states, weights)
+def test_a_client_may_start_from_weights_of_its_own():
+    """As FedBN (Li et al. 2021), where BatchNorm's entries stay with the client."""
 
     def bring_back(model, k):
-        model.load_state_dict(own.get(k, {}), strict=False)
-        began[k] = copy.deepcopy(model.state_dict())
+        assert same(model.state_dict(), small_net().state_dict())  # the global weights
+        model[2].weight.data.fill_(k + 2)
 
-    run(net, 1, average=keep, on_client_start=bring_back)
-    first, between = own.copy(), copy.deepcopy(net.state_dict())
-    run(net, 2, start=1, average=keep, on_client_start=bring_back)
-    for k in range(3):
-        assert same(began[k], {**between, **first[k]})
-    assert not same(first[0], first[1]) and not same(first[0], own[0])
+    def loss(model, batch, k, *_):
+        assert (model[2].weight == k + 2).all()
+        return 0 * model(batch).sum(), {}
+
+    run(small_net(), 1, loss=loss, on_client_start=bring_back, local_epochs=1, batch_size=60)

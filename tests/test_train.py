@@ -212,13 +212,6 @@ def test_a_run_that_diverges_stops_with_status_1_and_keeps_its_last_round(run, m
     assert same(weights(run), before) and len(lines()) == 1
 
 
-def test_on_a_terminal_a_short_line_says_who_trains(small, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    train.show_client(None, 7)
-    printed = capsys.readouterr().out
-    assert "client 7" in printed and printed.endswith("\r") and len(printed) <= 80
-
-
 # ------------------------------------------------------------------ resuming
 
 
