@@ -48,6 +48,7 @@ def test_alignment_by_hand():
 
 def test_uniformity_by_hand():
     assert uniform_loss(torch.stack([EAST, EAST])) == 0  # collapse: the worst value
+    assert uniform_loss(torch.zeros(3, 2)) == 0  # so is a dead network
     # one pair, distance^2 = 2, t = 2
     assert uniform_loss(torch.stack([EAST, NORTH])) == pytest.approx(-4)
     # -4t, two points at their farthest
