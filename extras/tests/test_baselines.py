@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -23,13 +22,10 @@ from baselines import (
 )
 
 import train
-from data import augment, draw_params, draw_patterns, two_views
-from federated import average_states, keyed_generator
+from data import augment, draw_params, two_views
+from federated import average_states, copy_state, keyed_generator
 from losses import align_loss, uniform_loss
 from model import load_checkpoint
-
-SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
-SMALL += "--local-epochs 1 --device cpu --no-amp --lr 0.01".split()
 
 
 def randn(*shape, seed=0):
@@ -40,15 +36,12 @@ def unit(*shape, seed=0):
     return F.normalize(randn(*shape, seed=seed), dim=1)
 
 
+def equal(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 def cos(a, b):
     return float(a @ b / a.norm() / b.norm())
-
-
-def method_of(name, images, split, *flags):
-    """The config of a method and its local loss."""
-    flags = [*SMALL, "--method", name, *flags]
-    config, _ = train.read_config(baselines.build_parser(), flags, baselines.METHODS)
-    return config, baselines.make_loss(config, images, split)
 
 
 # ---------------------------------------------------------------------------- FedDecorr
@@ -60,16 +53,11 @@ def test_feddecorr_is_the_mean_squared_product_of_standardised_columns():
     for i, j in itertools.permutations(range(4), 2):
         total += float(s[i] @ s[j]) ** 2 / 12
     assert feddecorr_loss(h).item() == pytest.approx(total / 7, rel=1e-6)
-    correlation = torch.corrcoef(h.T)
-    mean_square = (correlation.square().sum() - 4) / 12  # the docstring's factor
-    assert feddecorr_loss(h).item() == pytest.approx(36 / 7 * mean_square.item(), rel=1e-6)
 
 
-def test_feddecorr_by_hand_and_at_the_edges():
+def test_feddecorr_at_the_edges():
     same = torch.tensor([[0.0, 0.0], [2.0, 2.0]], dtype=torch.float64)  # correlation 1, B = 2
     assert feddecorr_loss(same).item() == pytest.approx(0.5, rel=1e-6)
-    free = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
-    assert feddecorr_loss(free).item() == pytest.approx(0, abs=1e-6)
     one = torch.ones(1, 4, requires_grad=True)
     feddecorr_loss(one).backward()
     assert feddecorr_loss(one).item() == 0 and one.grad.abs().sum() == 0
@@ -138,22 +126,11 @@ def test_sliced_distance_equals_the_map_to_tangent_spaces_done_slowly():
 
 def test_fur_grows_as_the_points_gather():
     noise, centre = randn(128, 16), randn(1, 16, seed=1)
-    values = [
-        fedu2_uniform(F.normalize(noise + pull * centre, dim=1), keyed_generator(0)).item()
-        for pull in (0, 0.5, 1, 2, 8)
-    ]
+    values = []
+    for pull in (0, 0.5, 1, 2, 8):
+        points = F.normalize(noise + pull * centre, dim=1)
+        values.append(fedu2_uniform(points, keyed_generator(0)).item())
     assert values == sorted(values) and values[-1] > 5 * values[0]
-    assert values[0] == fedu2_uniform(F.normalize(noise, dim=1), keyed_generator(0)).item()
-    points = F.normalize(noise + centre, dim=1).requires_grad_()
-    fedu2_uniform(points, keyed_generator(0)).backward()
-    assert points.grad.isfinite().all() and points.grad.norm() > 0
-
-
-def test_least_norm_of_two_updates_by_formula():
-    for seed in range(20):
-        g, h = randn(2, 3, seed=seed)
-        share = float(((h - g) @ h / (h - g).norm() ** 2).clamp(0, 1))
-        assert min_norm_weights(torch.stack([g, h])).tolist() == pytest.approx([share, 1 - share])
 
 
 @pytest.mark.parametrize(
@@ -163,6 +140,7 @@ def test_least_norm_of_two_updates_by_formula():
         ([[1, 0, 0], [0, 2, 0], [0, 0, 2]], [2 / 3, 1 / 6, 1 / 6]),  # a_k ~ 1 / |g_k|^2
         ([[1, 1], [3, 1], [1, 3]], [1, 0, 0]),  # the nearest is a corner
         ([[1, 1], [1, -1], [5, 0]], [1 / 2, 1 / 2, 0]),  # an edge
+        ([[1, 0], [0, 2]], [4 / 5, 1 / 5]),
         ([[2, 0]], [1]),
     ],
 )
@@ -183,7 +161,7 @@ def test_least_norm_of_many_updates_meets_its_conditions():
 
 
 def test_least_norm_of_nearly_equal_updates_stays_in_the_simplex():
-    for seed in range(20):
+    for seed in range(5):
         apart = randn(3, 50, seed=seed) + 1
         near = apart[0] * (1 + 1e-9 * randn(3, 50, seed=seed + 100))
         updates = torch.cat([near, apart[1:]])
@@ -211,8 +189,6 @@ def test_eua_by_hand():
     still = [state([0.0, 0.0]), state([3.0, 0.0])]
     assert fedu2_average(still, [1, 1], start, 0, [])["w"].tolist() == pytest.approx([3, 0])
     assert fedu2_average(still[:1], [1], start, 0, [])["w"].tolist() == [0, 0]
-    together = [state([2.0, 1.0])] * 3
-    assert fedu2_average(together, [1, 2, 3], start, 0, [])["w"].tolist() == pytest.approx([2, 1])
 
 
 # ---------------------------------------------------------------------------- L-DAWA
@@ -234,13 +210,12 @@ def test_ldawa_by_hand():
         assert all(torch.equal(early[name], value) for name, value in first.items())
 
 
-def test_ldawa_of_identical_models_is_that_model_also_where_it_is_zero():
-    same = {"w": randn(4, 5).float(), "b": torch.zeros(3), "n": torch.tensor(7)}
-    new = ldawa_average([same] * 4, [1] * 4, same, 2, [])
-    assert all(torch.allclose(new[name], same[name], atol=1e-7) for name in same)
-    moved = {**same, "b": torch.ones(3)}
-    new = ldawa_average([moved, same], [1, 1], same, 2, [])
-    assert new["b"].tolist() == [0.5] * 3  # no angle: plain mean
+def test_ldawa_of_weights_at_zero_is_the_plain_mean():
+    start = {"b": torch.zeros(3)}  # no angle to it
+    assert (
+        ldawa_average([{"b": torch.ones(3)}, start], [1, 3], start, 2, [])["b"].tolist()
+        == [0.5] * 3
+    )
 
 
 # ---------------------------------------------------------------------------- local losses
@@ -251,15 +226,18 @@ def test_ldawa_of_identical_models_is_that_model_also_where_it_is_zero():
     [("feddecorr", "patterns"), ("feddecorr", "cifar100")]
     + [(name, "patterns") for name in ("fedx", "fedu2")],
 )
-def test_the_local_loss_by_hand(name, dataset):
+def test_the_local_loss_by_hand(name, dataset, small, patterns):
     """Client 1's, away from the global weights: value, gradient, what BatchNorm has seen."""
-    images, split = draw_patterns(60, 10).train_x, [range(0, 60, 2), range(1, 60, 2)]
+    images, split = patterns.train_x[:60], [range(0, 60, 2), range(1, 60, 2)]
     beta = 1.0 if name == "fedx" else 0.5
-    flags = ["--dataset", dataset, "--beta", str(beta)]
-    config, local_loss = method_of(name, images, split, *flags)
+    flags = [*small, "--method", name, "--dataset", dataset, "--beta", str(beta)]
+    config, _ = train.read_config(baselines.build_parser(), flags, baselines.METHODS)
+    local_loss = baselines.make_loss(config, images, split)
     model, other_net = (baselines.make_model({**config, "seed": seed}) for seed in (0, 1))
     by_hand, batch = copy.deepcopy(model).train(), images[1:33:2]
+    kept = copy_state(other_net)
     loss, _ = local_loss(model, batch, 1, keyed_generator(0), other_net.state_dict())
+    assert equal(other_net.state_dict(), kept)  # the global network stays, BatchNorm's too
 
     draws = keyed_generator(0)
     x1, x2 = two_views(batch, draws)
@@ -292,71 +270,36 @@ def test_the_local_loss_by_hand(name, dataset):
 # ---------------------------------------------------------------------------- script
 
 
-@pytest.fixture(autouse=True)
-def small_data(monkeypatch, tmp_path):
-    small = draw_patterns(120, 40)
-    monkeypatch.setattr("data.draw_patterns", lambda: small)
-    monkeypatch.chdir(tmp_path)
+def test_a_baseline_trains_and_is_not_align_and_uniform_alone(run):
+    plain, _ = run(train, "--method fedalignuniform --rounds 3", out="runs/plain")
+    for name in baselines.BASELINES:  # L-DAWA's first two rounds are FedAvg
+        state, (*_, line) = run(baselines, f"--method {name} --rounds 3", out=f"runs/{name}")
+        assert not equal({key: state[key] for key in plain}, plain)
+        assert math.isfinite(line["loss"]) and line["left_out"] == []
+        load_checkpoint(f"runs/{name}/last.pt")  # eval.py can take it
 
 
-def run(module, *flags, out="runs/a"):
-    """The run's weights and the lines of its metrics."""
-    module.main([*SMALL, "--out", out, *flags])
-    lines = Path(out, "metrics.jsonl").read_text().splitlines()
-    state = torch.load(f"{out}/last.pt", weights_only=True)["model"]
-    return state, [json.loads(line) for line in lines]
+def test_ssd_is_the_same_in_every_script(run):
+    plain, _ = run(train)
+    assert equal(plain, run(baselines, "--method ssd", out="runs/b")[0])
 
 
-def equal(one, two):
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.mark.parametrize("name", baselines.BASELINES)
-def test_a_baseline_trains_and_is_not_align_and_uniform_alone(name):
-    rounds = ["--rounds", "3" if name == "ldawa" else "1"]  # L-DAWA's first two are FedAvg
-    state, (*_, line) = run(baselines, "--method", name, *rounds)
-    plain, _ = run(train, "--method", "fedalignuniform", *rounds, out="runs/b")
-    differs = any(not torch.equal(value, state[key]) for key, value in plain.items())
-    assert differs and math.isfinite(line["loss"]) and line["left_out"] == []
-    load_checkpoint("runs/a/last.pt")  # eval.py can take it
-
-
-def test_ssd_is_the_same_in_every_script():
-    plain, _ = run(train, "--method", "ssd")
-    assert equal(plain, run(baselines, "--method", "ssd", out="runs/b")[0])
-
-
-def test_fedx_goes_on_where_it_was_stopped_with_its_predictor():
-    whole, _ = run(baselines, "--method", "fedx", "--rounds", "2", out="runs/b")
-    run(baselines, "--method", "fedx")
+def test_fedx_goes_on_where_it_was_stopped_with_its_predictor(run):
+    whole, _ = run(baselines, "--method fedx --rounds 2", out="runs/b")
+    run(baselines, "--method fedx")
     baselines.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
     resumed = torch.load("runs/a/last.pt", weights_only=True)["model"]
     assert equal(whole, resumed) and any(name.startswith("predictor") for name in whole)
 
 
-def test_fedx_leaves_the_global_network_alone():
-    """Its forward passes are in evaluation mode: not even BatchNorm's statistics move."""
-    images = draw_patterns(40, 10).train_x
-    config, local_loss = method_of("fedx", images, [range(40)])
-    model, start = baselines.make_model(config), baselines.make_model(config).state_dict()
-    kept = {name: value.clone() for name, value in start.items()}
-    for name, _ in model.named_parameters():
-        start[name].requires_grad_()
-    value, _ = local_loss(model, images[:16], 0, keyed_generator(0), start)
-    value.backward()
-    assert equal(start, kept) and model.training
-    assert all(value.grad is None for value in start.values())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_one_client_alone():
-    _, (line,) = run(baselines, "--method", "fedalignuniform", "--client", "1")
+def test_one_client_alone(run):
+    _, (line,) = run(baselines, "--method fedalignuniform --client 1")
     assert line["clients"] == [1]
-    split = torch.load("runs/a/last.pt", weights_only=True)["split"]
-    assert len(split) == 3  # all clients' images are there to be evaluated
+    checkpoint = torch.load("runs/a/last.pt", weights_only=True)
+    assert len(checkpoint["split"]) == 3  # all clients' images are there to be evaluated
     baselines.main(["--resume", "runs/a/last.pt", "--rounds", "2"])
-    last = json.loads(Path("runs/a/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["clients"] == [1]
+    checkpoint = torch.load("runs/a/last.pt", weights_only=True)
+    assert checkpoint["history"][-1]["clients"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -371,9 +314,6 @@ def test_one_client_alone():
         ("--method fedx --beta 2", "--beta 2: fedx has no such term"),
     ],
 )
-def test_mistakes_are_one_line(flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        baselines.main([*SMALL, "--out", "runs/a", *flags.split()])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and len(err.strip().splitlines()) == 1 and words in err
+def test_mistakes_are_one_line(flags, words, small, mistake):
+    mistake(baselines.main, [*small, *flags.split()], words)
     assert not Path("runs").exists()
