@@ -14,11 +14,12 @@ from pathlib import Path
 import parallel
 import pytest
 
+import train
 from model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
-FLAGS = "--dataset patterns --width 4 --batch-size 16 --clients 4 --alpha 1".split()
-FLAGS += "--local-epochs 1 --device cpu --no-amp".split()
+FLAGS = "--dataset patterns --width 2 --batch-size 16 --alpha 1 --local-epochs 1".split()
+FLAGS += ["--device", "cpu", "--no-amp", "--clients"]
 
 # the script, but `patterns` are 120 images, which are drawn at once
 SCRIPT = f"""
@@ -29,17 +30,14 @@ draw, data.draw_patterns = data.draw_patterns, lambda: draw(120, 40)
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(monkeypatch, tmp_path):
-    (tmp_path / "here").mkdir()
-    (tmp_path / "train.py").write_text(SCRIPT + "train.main()\n")
+def elsewhere(small, tmp_path):
     (tmp_path / "parallel.py").write_text(SCRIPT + "parallel.main()\n")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def start(name, *flags, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), f"../{name}.py", *flags]
+def start(*flags):
+    """Two processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "parallel.py", *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -67,12 +65,12 @@ def test_clients_go_to_the_process_with_least_to_do():
     assert parallel.share_out([1, 2], sizes, 3) == [[1], [2], []]
 
 
-@pytest.mark.parametrize("more", [[], ["--clients", "5", "--participation", "0.2"]])
+@pytest.mark.parametrize("more", [["4"], ["5", "--participation", "0.2"]])
 def test_two_processes_equal_one_and_write_once(more):
     """Five clients of 20 % take part: one a round, so that a process has nothing to do."""
     flags = [*FLAGS, *more, "--rounds", "2"]
-    finish(start("train", *flags, "--out", "one"))
-    out, _ = finish(start("parallel", *flags, "--out", "two", processes=2))
+    train.main([*flags, "--out", "one"])
+    out, _ = finish(start(*flags, "--out", "two"))
     assert out.count("round   2/2") == 1
     assert largest_difference(weights("one"), weights("two")) < 1e-5
     for one, two in zip(metrics("one"), metrics("two"), strict=True):
@@ -93,7 +91,7 @@ def process_of_rank(launcher, rank):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by /proc")
 def test_a_process_that_dies_ends_the_run_and_one_process_goes_on():
-    process = start("parallel", *FLAGS, "--rounds", "500", "--out", "run", processes=2)
+    process = start(*FLAGS, "4", "--rounds", "500", "--out", "run")
     while process.poll() is None and not (
         Path("run/metrics.jsonl").exists() and Path("run/metrics.jsonl").read_text()
     ):
@@ -102,13 +100,12 @@ def test_a_process_that_dies_ends_the_run_and_one_process_goes_on():
     process.communicate(timeout=60)
     assert process.returncode != 0
     done = len(load_checkpoint("run/last.pt")[0]["history"])
-    finish(start("train", "--resume", "run/last.pt", "--rounds", str(done + 1)))
+    train.main(["--resume", "run/last.pt", "--rounds", str(done + 1)])
     assert [line["round"] for line in metrics("run")] == list(range(1, done + 2))
 
 
-def test_a_mistake_is_said_once():
-    _, err = start("parallel", *FLAGS, "--clients", "119", processes=2).communicate(timeout=200)
+def test_a_mistake_is_said_once(mistake):
+    _, err = start(*FLAGS, "119").communicate(timeout=200)
     assert err.count("parallel.py: error: ") == 1 and "119 clients" in err
-    assert list(Path().iterdir()) == []
-    _, err = finish(start("parallel", *FLAGS), status=2)
-    assert "start it with torchrun" in err and len(err.splitlines()) == 1
+    assert not list(Path().glob("runs"))
+    mistake(parallel.main, [*FLAGS, "4"], "start it with torchrun")
