@@ -16,23 +16,18 @@ from federated import average_states, copy_state, keyed_generator
 from losses import scaling_vectors
 from model import SSDNet, load_checkpoint
 
-SMALL = "--dataset patterns --width 2 --batch-size 16 --clients 3 --alpha 1 --rounds 1".split()
-SMALL += "--local-epochs 1 --lr 0.03 --device cpu --no-amp".split()
 LAST = "runs/a-seed0/last.pt"
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
-    """120 patterns, and an empty folder to work in."""
-    patterns = draw_patterns(120, 40)
-    monkeypatch.setattr("data.draw_patterns", lambda: patterns)
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def trained(small, patterns):
+    """(flags): a run of one round -> its checkpoint and network, and the patterns."""
 
+    def train(*flags):
+        variants.main([*small, *flags, "--out", "runs/a-seed0"])
+        return *load_checkpoint(LAST), patterns
 
-def trained(*flags):
-    """A run of one round: its checkpoint and network, and the patterns."""
-    variants.main([*SMALL, *flags, "--out", "runs/a-seed0"])
-    return *load_checkpoint(LAST), draw_patterns(120, 40)
+    return train
 
 
 def next_states(checkpoint, model, data):
@@ -58,7 +53,7 @@ def slowly(rows):
 
 
 @pytest.mark.parametrize("method", ["dsr", "ssd-common", "ssd-authors"])
-def test_which_network_sees_which_images(method, monkeypatch):
+def test_which_network_sees_which_images(method, monkeypatch, trained):
     """Every variant from the images up; variances of 1 stand for statistics measured anew."""
     pools = []
 
@@ -137,17 +132,6 @@ def test_the_axes_of_the_authors_dsr_are_those_along_which_it_moves_z():
     assert (after > before).all()
 
 
-def test_not_more_images_than_asked_for(monkeypatch):
-    checkpoint, model, data = trained()
-    monkeypatch.setattr(separation, "IMAGES", 4)
-    monkeypatch.setattr(separation, "POOLED", 30)
-    pools = []
-    monkeypatch.setattr(separation, "recalibrate", lambda _, images, __: pools.append(len(images)))
-    for networks, images in separation.networks_and_images(checkpoint, model, data).values():
-        assert len(networks) == 3 and [len(part) for part in images] == [4, 4, 4]
-    assert pools == [30]
-
-
 @pytest.mark.parametrize("batch_size", [60, 20])
 def test_batchnorms_statistics_are_those_of_the_batches(batch_size):
     """Of one batch its mean and unbiased variance, of three their means; weights untouched."""
@@ -175,9 +159,9 @@ def test_batchnorms_statistics_are_those_of_the_batches(batch_size):
 
 
 @pytest.mark.parametrize("method", ["ssd", "ssd-cosine"])
-def test_the_round_is_the_one_that_training_on_would_have(method):
+def test_the_round_is_the_one_that_training_on_would_have(method, small, trained):
     """And states of that round, if they are there, give the same lines without a round."""
-    variants.main([*SMALL, "--method", method, "--rounds", "2", "--out", "runs/whole"])
+    variants.main([*small, "--method", method, "--rounds", "2", "--out", "runs/whole"])
     whole = torch.load("runs/whole/last.pt", weights_only=True)["model"]
     checkpoint, model, data = trained("--method", method)
     checkpoint["config"]["rounds"] = 2  # the schedule's
@@ -190,7 +174,7 @@ def test_the_round_is_the_one_that_training_on_would_have(method):
     assert list(separation.measure(checkpoint, model, data, states)) == lines
 
 
-def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):
+def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, trained, mistake):
     trained()
     real = variants.make_loss
 
@@ -204,13 +188,12 @@ def test_a_client_that_diverges_is_not_averaged_in(monkeypatch, capsys):
         return broken
 
     monkeypatch.setattr(variants, "make_loss", poisoned)
-    with pytest.warns(UserWarning, match="client 1"), pytest.raises(SystemExit) as stop:
-        separation.main([LAST, "--device", "cpu"])
-    assert stop.value.code == 2 and "clients [1] diverge" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="client 1"):
+        mistake(separation.main, [LAST, "--device", "cpu"], "clients [1] diverge")
     assert not Path("separation.jsonl").exists()
 
 
-def test_one_client_is_its_own_average_and_has_no_others():
+def test_one_client_is_its_own_average_and_has_no_others(trained):
     found = {}
     for line in separation.measure(*trained("--clients", "1", "--no-projector")):
         found.setdefault(line["space"], {})[line.pop("variant")] = line
@@ -219,9 +202,9 @@ def test_one_client_is_its_own_average_and_has_no_others():
         assert "inter" not in lines["own"] and lines["own"] == lines["average"]
 
 
-def test_the_script_measures_once_and_says_what_and_where(capsys):
-    variants.main([*SMALL, "--seed", "0", "--gamma", "0.2", "--out", "runs/seed0"])
-    variants.main([*SMALL, "--seed", "1", "--gamma", "1.0", "--out", "runs/seed1"])
+def test_the_script_measures_once_and_says_what_and_where(small, capsys):
+    variants.main([*small, "--seed", "0", "--gamma", "0.2", "--out", "runs/seed0"])
+    variants.main([*small, "--seed", "1", "--gamma", "1.0", "--out", "runs/seed1"])
     capsys.readouterr()
     separation.main(["runs/seed0/last.pt", "runs/seed1/last.pt", "--device", "cpu"])
     printed = capsys.readouterr().out
@@ -236,15 +219,9 @@ def test_the_script_measures_once_and_says_what_and_where(capsys):
     assert f"| {100 * lines[-1]['own_share']:.1f} |" in printed
 
 
-def test_mistakes_are_one_line(capsys):
-    baselines.main([*SMALL, "--method", "fedu2", "--out", "runs/fedu2"])
-    capsys.readouterr()
-    for flags, words in (
-        (["nowhere.pt"], "nowhere.pt"),
-        (["runs/fedu2/last.pt"], "is of fedu2"),
-        (["nowhere.pt", "--record", "runs/fedu2/metrics.jsonl"], "is not a record"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            separation.main(flags)
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and words in err and len(err.strip().splitlines()) == 1
+def test_mistakes_are_one_line(small, mistake):
+    baselines.main([*small, "--method", "fedu2", "--out", "runs/fedu2"])
+    mistake(separation.main, ["nowhere.pt"], "nowhere.pt")
+    mistake(separation.main, ["runs/fedu2/last.pt"], "is of fedu2")
+    record = ["nowhere.pt", "--record", "runs/fedu2/metrics.jsonl"]
+    mistake(separation.main, record, "is not a record")
