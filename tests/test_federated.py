@@ -166,6 +166,18 @@ def test_the_defaults_are_the_papers():
         assert parameters[name].default == value
 
 
+def test_a_round_of_known_steps_ends_at_the_weighted_mean():
+    """A step of lr 0.5 on (w - x)^2 / 2 halves the distance to the client's mean; two steps."""
+
+    def distance(model, batch, *_):
+        return (model[0] - batch).square().mean() / 2, {}
+
+    net, numbers = nn.ParameterList([torch.zeros(())]), torch.tensor([1.0, 1.0, 1.0, 9.0])
+    optimizer, split = torch.optim.SGD(net.parameters(), lr=0.5), [range(3), range(3, 4)]
+    federated_round(net, optimizer, numbers, split, distance, 0, local_epochs=2)
+    assert net[0].item() == pytest.approx((3 * 0.75 * 1 + 0.75 * 9) / 4)
+
+
 def test_terms_are_means_over_all_steps():
     net, seen = small_net(), []
 
