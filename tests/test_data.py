@@ -17,7 +17,7 @@ from data import dirichlet_split, draw_params, draw_patterns, load_dataset, two_
 # ------------------------------------------------------------------ split
 
 
-@pytest.mark.parametrize("clients, alpha, n", [(10, 0.1, 5000), (50, 0.1, 50000), (3, 100.0, 100)])
+@pytest.mark.parametrize("clients, alpha, n", [(10, 0.1, 5000), (50, 0.1, 50000), (1, 9.0, 100)])
 def test_split_is_a_partition_with_a_smallest_size(clients, alpha, n):
     split = dirichlet_split(torch.arange(n) % 10, clients, alpha, seed=3)
     assert len(split) == clients and all(part.dtype == np.int64 for part in split)
