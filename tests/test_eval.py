@@ -180,6 +180,13 @@ def test_fine_tuning_learns_and_leaves_the_network_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_a_network_of_another_kind_is_tuned_whole():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8))
+    net.encoder = torch.nn.Linear(8, 8)  # the third layer, which alone takes no images
+    x, y = light_and_dark(40)
+    assert fine_tune(net, x, y, x, y, epochs=2) >= 50
+
+
 def test_fine_tuning_sees_crops_and_flips_of_the_images_and_no_other_colours():
     """Red rises by 4 a column, green by 4 a row, blue is even: the slopes tell box and flip."""
     row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
@@ -307,6 +314,16 @@ def test_labels_are_of_the_images_that_clients_hold(run, capsys):
     torch.save(checkpoint, run)
     evaluation.main([run, *FAST])
     assert f"{held} training and 40 test" in capsys.readouterr().out
+
+
+def test_the_record_is_written_before_anything_is_printed_of_it(run, monkeypatch):
+    def broken_pipe(scores):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(evaluation, "print_scores", broken_pipe)
+    with pytest.raises(BrokenPipeError):
+        evaluation.main([run, *FAST])
+    assert len(records(run)) == 1
 
 
 def test_another_data_set_is_transfer_and_has_no_clients(run):

@@ -252,7 +252,7 @@ def test_a_run_is_not_shortened(run, mistake):
 
 
 def make_folder(root):
-    """An image folder of two classes with twelve training and four test images each."""
+    """An image folder of two classes, twelve training and four test images each."""
     for part, count in (("train", 12), ("test", 4)):
         for name in ("cats", "dogs"):
             (root / part / name).mkdir(parents=True)
@@ -273,6 +273,13 @@ def test_a_folders_images_are_known_by_their_names_wherever_they_lie(small, tmp_
     train.main([*again, "--dataset", "./moved"])
     (tmp_path / "moved/train/cats/00.png").rename(tmp_path / "moved/train/cats/99.png")
     mistake(train.main, [*again, "--dataset", "moved", "--rounds", "3"], "has other images")
+
+
+def test_on_a_terminal_a_short_line_says_who_trains(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    train.show_client(None, 7)
+    printed = capsys.readouterr().out
+    assert "client 7" in printed and printed.endswith("\r") and len(printed) <= 80
 
 
 # ------------------------------------------------------------------ a loss of your own
