@@ -2,12 +2,13 @@
 
 A node is started with  --node-config 'client=3 images="folder"'  and reads all images below that
 folder; for a demonstration  'client=3 split="split.json" dataset="patterns"'  reads client 3's part
-of a data set. What leaves the node: weights, number of images, the loss terms' means.
+of a data set. A node of Flower's simulation is the client of its partition-id, and the run config
+names split and data set. What leaves the node: weights, number of images, the loss terms' means.
 """
 
 from pathlib import Path
 
-import core  # noqa: F401, first: it makes mistakes one line
+import core  # first: it makes mistakes one line
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,23 +24,29 @@ app = ClientApp()
 @app.query()
 def hello(message, context):
     """Which client this node is."""
-    metrics = MetricRecord({"client": own_id(context.node_config)})
+    metrics = MetricRecord({"client": find_source(context)["client"]})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 @app.train()
 def train(message, context):
     """The round's global weights -> this client's weights after local training, and a report."""
-    config, k = message.content["config"], own_id(context.node_config)
+    config, source = message.content["config"], find_source(context)
+    k = source["client"]
     if k != config["client"]:
-        raise ValueError(f"this node is client {k}, no longer {config['client']}")
+        raise core.Mistake(f"this node is client {k}, no longer {config['client']}")
+    # What a node keeps until the run ends; Flower starts a process for every message.
+    kept = context.state
     if "d_k" in config:
-        context.state["kept"] = ConfigRecord({"d_k": config["d_k"]})  # it is sent once
-    if "kept" not in context.state:
-        raise ValueError("a node that was started anew has no d_k: the next round sends it")
-    device = pick_device(context.node_config.get("device", "auto"))
-    d_k = torch.tensor(context.state["kept"]["d_k"], device=device)
-    images = own_images(context.node_config, k, config["image_size"]).to(device)
+        kept["d_k"] = ConfigRecord({"d_k": config["d_k"]})  # it is sent once
+    if "d_k" not in kept:
+        raise core.Mistake("a node that was started anew has no d_k: the next round sends it")
+    if "images" not in kept:  # so they are decoded once
+        kept["images"] = ArrayRecord({"images": read_source(source, config["image_size"])})
+    with core.user_input():
+        device = pick_device(source.get("device", "auto"))
+    d_k = torch.tensor(kept["d_k"]["d_k"], device=device)
+    images = kept["images"].to_torch_state_dict()["images"].to(device)
     weights = {name: config[name] for name in ("beta", "gamma", "delta")}
 
     def loss(model, batch, k, generator, global_state):
@@ -62,21 +69,32 @@ def train(message, context):
     return Message(content, reply_to=message)
 
 
-def own_id(config):
-    """Node config -> the client's id; ValueError without one, or with no place to find images."""
-    source = config.keys() & {"images", "split", "dataset"}
-    if type(config.get("client")) is not int or source not in ({"images"}, {"split", "dataset"}):
-        raise ValueError(f'--node-config must be  client=ID images="FOLDER", not {dict(config)}')
-    return config["client"]
+def find_source(context):
+    """Which client this node is and where its images are: the node config, or a simulation's."""
+    source, run_config = dict(context.node_config), context.run_config
+    if "partition-id" in source and "client" not in source:
+        source["client"] = source["partition-id"]
+        source |= {"split": run_config["split-file"], "dataset": run_config["dataset"]}
+        if not source["split"]:
+            text = 'a simulation needs the run config  dataset="patterns" split-file="split.json"'
+            raise core.Mistake(text)
+    place = source.keys() & {"images", "split", "dataset"}
+    if type(source.get("client")) is not int or place not in ({"images"}, {"split", "dataset"}):
+        raise core.Mistake(f'--node-config must be  client=ID images="FOLDER", not {source}')
+    return source
 
 
-def own_images(config, k, size):
-    """Node config -> uint8 (n, 3, size, size): all images below a folder, or part k of a split."""
-    if "split" in config:
-        part = sorted(read_split(config["split"])[k].tolist())  # the order that train.py has
-        return load_dataset(config["dataset"]).train_x[part]
-    paths = [str(path) for path in sorted(Path(config["images"]).rglob("*"))]
+@core.user_input()
+def read_source(source, size):
+    """-> uint8 (n, 3, size, size): all images below a folder, or the client's part of a split."""
+    if "split" in source:
+        split, k = read_split(source["split"]), source["client"]
+        if k >= len(split):
+            raise ValueError(f"{source['split']} has {len(split)} clients, none of id {k}")
+        part = sorted(split[k].tolist())  # the order that train.py has
+        return load_dataset(source["dataset"], image_size=size).train_x[part]
+    paths = [str(path) for path in sorted(Path(source["images"]).rglob("*"))]
     paths = [path for path in paths if path.lower().endswith(EXTENSIONS)]
     if len(paths) < 2:
-        raise ValueError(f"{config['images']} has {len(paths)} images, a client needs 2 at least")
+        raise ValueError(f"{source['images']} has {len(paths)} images, a client needs 2 at least")
     return read_images(paths, size)

@@ -8,7 +8,7 @@ from it with the run config  resume="runs/NAME/last.pt".
 import time
 from pathlib import Path
 
-import core  # noqa: F401, first: it makes mistakes one line
+import core  # first: it makes mistakes one line
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import ServerApp
@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import train
 from data import load_dataset, read_split
-from federated import average_states, choose_clients, keyed_generator
+from federated import average_states, choose_clients, keyed_generator, mean_terms
 from losses import scaling_vectors
 from model import load_checkpoint
 
@@ -32,11 +32,12 @@ def main(grid, context):
     """Run config -> network and nodes -> rounds -> run folder."""
     run_config = dict(context.run_config)
     resume, round_timeout, node_timeout = (run_config.pop(key) for key in OWN)
-    config, split, model, history = prepare(run_config, resume)
-    strategy = SSD(config, split, model, history, node_timeout, round_timeout)
-    strategy.wait_for_nodes(grid)
-    if not resume:
-        train.open_run(config, {"history": []}, split, model)
+    with core.user_input():
+        config, split, model, history = prepare(run_config, resume)
+        strategy = SSD(config, split, model, history, node_timeout, round_timeout)
+        strategy.wait_for_nodes(grid)
+        if not resume:
+            train.open_run(config, {"history": []}, split, model)
     arrays = ArrayRecord(model.state_dict())
     strategy.start(grid, arrays, config["rounds"] - len(history), timeout=round_timeout)
     data = "" if split else " --dataset DATA"
@@ -156,14 +157,11 @@ class SSD(FedAvg):
             print(f"round {r}: client {k} left out, {why.get(k, 'no answer')}", flush=True)
         if not kept:
             go_on = f'go on with run config resume="{self.config["out"]}/last.pt"'
-            raise ValueError(f"round {r}: no client has an answer that can be used; {go_on}")
+            raise core.Mistake(f"round {r}: no client has an answer that can be used; {go_on}")
         # 5. Average: in ascending order of the clients, as train.py does, so the sums are equal.
         weights = [reports[k].pop("num-examples") for k in kept]
         self.model.load_state_dict(average_states([states[k] for k in kept], weights))
-        terms = {
-            name: sum(n * reports[k][name] for k, n in zip(kept, weights)) / sum(weights)
-            for name in reports[kept[0]]
-        }
+        terms = mean_terms([reports[k] for k in kept], weights)
         line = {"round": r, "lr": self.config["lr"], "seconds": time.time() - self.began}
         line |= {"clients": self.clients, "left_out": left_out}
         self.history.append({**line, **terms, **self.monitor(self.model)})
