@@ -7,13 +7,12 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from PIL import Image
 
