@@ -85,15 +85,17 @@ def flwr(folder, *command, **options):
     return subprocess.run(["flwr", *command], env=environment(folder), **options)
 
 
-def end(processes):
-    """End the processes and all that they have started."""
+def end(folder):
+    """End all that was started, and what Flower has started from it: its command names the folder."""
     for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-        for process in reversed(processes):
+        for process in reversed(STARTED):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, sign)
-        for process in processes:
+        for process in STARTED:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
+    STARTED.clear()
+    subprocess.run(["pkill", "-KILL", "-f", f"{folder}/"])
 
 
 def main():
@@ -124,7 +126,7 @@ def main():
         sys.exit(f"demo.py: {error}; is flwr installed, and openssl and ssh-keygen?")
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C does not stop the end
-        end(STARTED)
+        end(folder)
 
 
 if __name__ == "__main__":

@@ -235,8 +235,7 @@ class Federation:
         return self
 
     def __exit__(self, *error):
-        demo.end(demo.STARTED)
-        demo.STARTED.clear()
+        demo.end(self.folder)
         assert not left_running(self.folder)
 
     def start_node(self, k):
@@ -267,7 +266,7 @@ def wait_for(condition, seconds=300):
         time.sleep(0.2)
 
 
-def left_running(folder, seconds=60):
+def left_running(folder, seconds=20):
     """Processes of this Flower home that still run after so many seconds."""
     mark, end = f"FLWR_HOME={folder}".encode(), time.time() + seconds
     while True:
