@@ -86,7 +86,7 @@ def flwr(folder, *command, **options):
 
 
 def end(folder):
-    """End all that was started, and what Flower has started from it: its command names the folder."""
+    """End all that was started, and what Flower started from it: its commands name the folder."""
     for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
         for process in reversed(STARTED):
             with contextlib.suppress(ProcessLookupError):
