@@ -1,6 +1,12 @@
-"""A run cannot be lost: a kill of the real script, signals, a full disk."""
+"""A run cannot be lost: kills of the real script, signals, full disks.
 
+KILLS=20 python -m pytest tests/test_robust.py     # the long form, by default one kill
+"""
+
+import os
+import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +20,7 @@ import train
 from model import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("KILLS", 1))
 SCRIPT = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import data, train
@@ -22,23 +29,39 @@ train.main()
 """
 
 
-def test_a_kill_changes_nothing(small):
+def count_lines():
+    path = Path("runs/killed/metrics.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_kills_at_any_moment_change_nothing(small):
     Path("train.py").write_text(SCRIPT)
-    flags, killed = [*small, "--width", "4", "--rounds", "6", "--out"], Path("runs/killed")
-    command = [sys.executable, "train.py", *flags, str(killed)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    metrics = killed / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.01)
-    assert process.poll() is None, "it ended before it could be killed"
-    process.kill()
-    process.wait()
-    assert len(load_checkpoint(killed / "last.pt")[0]["history"]) < 6
-    train.main(["--resume", "runs/killed/last.pt"])
+    flags = [*small, "--width", "4", "--rounds", str(3 + 3 * KILLS), "--out"]
+    begin, go_on = [*flags, "runs/killed"], ["--resume", "runs/killed/last.pt"]
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        there = Path("runs/killed").exists()
+        command = [sys.executable, "train.py", *(go_on if there else begin)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        if rng.random() < 0.8:  # in a round, else while it starts
+            before = count_lines()
+            while process.poll() is None and count_lines() <= before:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+        else:
+            time.sleep(rng.uniform(0, 3))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+        if Path("runs/killed/last.pt").exists():  # whatever the moment: a valid checkpoint
+            load_checkpoint("runs/killed/last.pt")
+        else:  # killed before its first line
+            shutil.rmtree("runs/killed", ignore_errors=True)
+    train.main(go_on if Path("runs/killed").exists() else begin)
     train.main([*flags, "runs/whole"])
     assert same(weights("runs/killed/last.pt"), weights("runs/whole/last.pt"))
-    assert [line["round"] for line in lines("runs/killed")] == [1, 2, 3, 4, 5, 6]
-    assert not list(killed.glob("*.tmp"))
+    assert [line["round"] for line in lines("runs/killed")] == list(range(1, 4 + 3 * KILLS))
+    assert not list(Path("runs/killed").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
