@@ -90,7 +90,8 @@ def pipeline(plt):
     axis.plot([646, 674], [238, 238], color=red, linewidth=4)
     note(684, 238, "the gradient stops here", red, "left")
     box(210, 24, 286, 46, "L_distill:\nKL( softmax(h) ‖ softmax(u) )", green, "#e2f2ec")
-    for x in (270, 436):
+    for x in (270, 436):  # from both views
+        axis.plot([x, x], [207, 173], color="#444444", linewidth=1.6)
         arrow((x, 138), (x, 71))
     return figure
 
@@ -147,7 +148,7 @@ def stopgrad(plt, a=10.0):
     loss, stopped, through = dsr_slopes(share, a)
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5, 5.2), sharex=True, layout="constrained")
     top.plot(100 * share, loss, color=COLOURS[6])
-    top.set_title("DSR loss ‖z − target‖²", loc="left")
+    top.set_title("A: DSR loss ‖z − target‖²", loc="left")
     top.set(ylim=(0, 1), yticks=[0, 0.5, 1])
     top.text(100 * peak, 0.9, f"peak at 1/(1 + a) = {100 * peak:.0f} %", fontsize=12)
     ends = zip((stopped, through), COLOURS, (0.07, 0.14), ("with stopgrad", "without"))
@@ -155,7 +156,7 @@ def stopgrad(plt, a=10.0):
         bottom.plot(100 * share, values, color=colour)
         bottom.text(40, values[-1] - below, label, color=colour, ha="right", va="top", fontsize=12)
     bottom.axhline(0, color="black", linewidth=1)
-    bottom.set_title("change of the own share in a small step", loc="left")
+    bottom.set_title("B: change of the own share in a small step", loc="left")
     bottom.set(xlabel="own share of z, %", xlim=(0, 40), xticks=range(0, 41, 10), yticks=[0])
     bottom.text(100 * peak + 1, -0.75, "← without: away from\n    its own dimensions", fontsize=12)
     for axis in (top, bottom):

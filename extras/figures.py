@@ -94,9 +94,9 @@ def record(runs):
 
 
 def separation(plt, lines):
-    """Left: where SSD's networks and two averages put z; right: the law of extras/law.py.
+    """A: where SSD's networks and two averages put z; B: the law of extras/law.py.
 
-    Left of the last round that both rows have, its first seed; right of all rounds and seeds.
+    A is of the last round that both rows have, its first seed; B of all rounds and seeds.
     """
     rows = ("ssd", "fedalignuniform")
     there = {(x["row"], x["round"], x["seed"], x["variant"]): x for x in lines if "shares" in x}
@@ -118,7 +118,7 @@ def separation(plt, lines):
     share_map(upper, networks, clients)
     share_map(lower, np.array(averages), ["average of these", "average without SSD's terms"])
     upper.set_title(
-        "% of a network's output z in each client's\ndimensions, on the same images", size=12
+        "A: % of a network's output z in each client's\ndimensions, on the same images", size=12
     )
     upper.set_ylabel("network of the client with\n... % of all images", fontsize=10)
     lower.set(xticks=range(len(clients)), xticklabels=clients)
@@ -148,7 +148,7 @@ def law_points(axis, lines):
         predicted, measured = 100 * np.hstack(part["law"]), 100 * np.hstack(part["measured"])
         label = "SSD, γ = 1" if row == "ssd" else "SSD, γ = 0.2"
         axis.plot(predicted, measured, "o", color=colour, ms=4, alpha=0.6, label=label)
-    axis.set_title("% of the average's z in one\nclient's dimensions (a point each)", size=12)
+    axis.set_title("B: % of the average's z in one\nclient's dimensions (a point each)", size=12)
     axis.set_xlabel("predicted: (sum of weight x √share)²", fontsize=10)
     axis.set_ylabel("measured", fontsize=10)
     axis.tick_params(labelsize=10)
